@@ -1,0 +1,213 @@
+#include "driver.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+
+namespace sparsekern {
+
+Activation parse_activation(const std::string& op, const std::string& name) {
+  if (name == "none") return kNone;
+  if (name == "relu") return kRelu;
+  if (name == "gelu") return kGelu;
+  if (name == "gelu_tanh") return kGeluTanh;
+  fail(op, "activation to be none, relu, gelu or gelu_tanh", "'" + name + "'");
+}
+
+Tensor to_dtype(const Tensor& t, ScalarType dtype) {
+  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+}
+
+Tensor as_contiguous(const Tensor& t, ScalarType dtype) {
+  return torch::stable::contiguous(to_dtype(t, dtype));
+}
+
+Tensor empty_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
+}
+
+void check_operand(const std::string& op, const char* name, const Tensor& t, const Tensor& like) {
+  check_cpu(op, name, t);
+  check_dtype(op, name, t, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Double});
+  if (t.scalar_type() != like.scalar_type())
+    fail(op, std::string(name) + " of the dtype of x (" + dtype_name(like.scalar_type()) + ")",
+         dtype_name(t.scalar_type()));
+}
+
+void permute_values(const float* values, const int32_t* perm, int64_t n, float* out) {
+  torch::stable::parallel_for(0, n, 65536, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) out[i] = values[perm[i]];
+  });
+}
+
+Pattern check_pattern(const std::string& op, const Tensor& crow, const Tensor& col, int64_t nnz,
+                      int64_t cols, int64_t groups, int64_t taps) {
+  for (auto [name, t] : {std::pair{"crow", &crow}, std::pair{"col", &col}}) {
+    check_cpu(op, name, *t);
+    check_dtype(op, name, *t, {ScalarType::Int});
+    check_dim(op, name, *t, 1);
+  }
+  if (crow.size(0) < 1) fail(op, "crow of shape (rows + 1,)", shape_of(crow));
+  check_size(op, "col.size(0) = values.size(0)", col.size(0), nnz);
+  const int64_t rows = crow.size(0) - 1;
+  if (cols > INT32_MAX) fail(op, "at most 2^31 - 1 columns", std::to_string(cols));
+  return {torch::stable::contiguous(crow), torch::stable::contiguous(col), rows, cols, nnz, groups, taps};
+}
+
+static void validate(const std::string& op, const Pattern& p) {
+  check_csr(p.crow_data(), p.col_data(), p.rows, p.cols, p.nnz,
+            [&](const std::string& wanted, const std::string& have) { fail(op, wanted, have); });
+}
+
+static Tensor check_plan_tensor(const std::string& op, const char* name, const Tensor& t) {
+  check_cpu(op, name, t);
+  check_dtype(op, name, t, {ScalarType::Int});
+  check_dim(op, name, t, 1);
+  return torch::stable::contiguous(t);
+}
+
+PlanHolder get_plan(const std::string& op, const Pattern& p, const std::optional<Tensor>& plan) {
+  PlanHolder h;
+  const int32_t* data;
+  int64_t size;
+  if (plan && plan->numel() > 0) {
+    h.given = check_plan_tensor(op, "plan", *plan);
+    data = h.given.const_data_ptr<int32_t>(), size = h.given.numel();
+  } else {
+    validate(op, p);
+    const double per_row = p.rows ? static_cast<double>(p.nnz) / static_cast<double>(p.rows) : 0;
+    h.own = build_plan(p.crow_data(), p.col_data(), p.rows, p.cols, p.groups,
+                       plan_shape(p.cols, per_row));
+    data = h.own.data(), size = static_cast<int64_t>(h.own.size());
+  }
+  if (!view_plan(data, size, p.rows, p.cols, p.nnz, p.groups, &h.view))
+    fail(op, "plan made by csr_plan for this pattern", "a plan of another pattern");
+  return h;
+}
+
+TransposedHolder get_transposed(const std::string& op, const Pattern& p,
+                                const std::optional<Tensor>& plan_t) {
+  TransposedHolder h;
+  const int32_t* data;
+  int64_t size;
+  if (plan_t && plan_t->numel() > 0) {
+    h.given = check_plan_tensor(op, "plan_t", *plan_t);
+    data = h.given.const_data_ptr<int32_t>(), size = h.given.numel();
+  } else {
+    validate(op, p);
+    h.own = build_transposed(p.crow_data(), p.col_data(), p.rows, p.cols, p.groups, p.taps);
+    data = h.own.data(), size = static_cast<int64_t>(h.own.size());
+  }
+  const TransposedShape shape = transposed_shape(p.rows, p.cols, p.groups, p.taps);
+  if (!view_transposed(data, size, shape, p.nnz, p.groups, &h.view))
+    fail(op, "plan_t made by csr_plan(transpose=True) for this pattern", "a plan of another pattern");
+  return h;
+}
+
+namespace {
+
+// Grows and never shrinks: a layer is called again and again with the same shapes.
+struct Scratch {
+  float* data = nullptr;
+  int64_t size = 0;
+  ~Scratch() { std::free(data); }
+};
+
+// Below this many multiply-adds a second thread costs more than it brings.
+constexpr int64_t kSerialWork = 200000;
+
+struct Split {
+  int64_t token_parts, token_chunk, row_parts, blocks_per_group;
+};
+
+Split split_work(const PlanView& plan, int64_t tokens, int64_t groups) {
+  const int64_t panel = kernels().width * kernels().spmm_vectors;
+  const int64_t per_group = groups ? plan.n_row_blocks / groups : 0;
+  int64_t threads = torch::stable::get_num_threads();
+  if (plan.nnz * tokens < kSerialWork) threads = 1;
+  // Whole panels first, then blocks of rows, then narrower panels.
+  int64_t token_parts = std::min(threads, std::max<int64_t>(1, tokens / panel));
+  const int64_t row_parts = std::max<int64_t>(1, std::min(per_group, threads / (token_parts * groups)));
+  const int64_t width = kernels().width;
+  if (token_parts * row_parts * groups < threads)
+    token_parts = std::max<int64_t>(1, std::min(threads, (tokens + width - 1) / width));
+  const int64_t chunk = (tokens + token_parts - 1) / token_parts;
+  return {token_parts, (chunk + width - 1) / width * width, row_parts, per_group};
+}
+
+Source shifted(const Source& s, ImageSource* image, int64_t channels) {
+  if (s.matrix) return s;
+  *image = *s.image;
+  image->channel0 += channels;
+  return {nullptr, image};
+}
+
+}  // namespace
+
+float* thread_scratch(int64_t floats) {
+  static thread_local Scratch scratch;
+  if (floats > scratch.size) {
+    std::free(scratch.data);
+    scratch.size = (floats + 1023) / 1024 * 1024;
+    scratch.data = static_cast<float*>(std::aligned_alloc(64, scratch.size * sizeof(float)));
+    if (!scratch.data) {
+      scratch.size = 0;
+      throw std::runtime_error("sparsekern: out of memory for " + std::to_string(floats * 4) +
+                               " bytes of scratch");
+    }
+  }
+  return scratch.data;
+}
+
+void run_spmm(const PlanView& plan, const Operands& o) {
+  if (o.tokens == 0 || plan.rows == 0) return;
+  const Split s = split_work(plan, o.tokens, o.groups);
+  const int64_t tasks = s.token_parts * s.row_parts * o.groups;
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task % s.token_parts, rest = task / s.token_parts;
+      const int64_t row_part = rest % s.row_parts, group = rest / s.row_parts;
+      const int64_t t0 = std::min(o.tokens, part * s.token_chunk);
+      ImageSource image;
+      SpmmArgs a{plan, o.values, o.col, o.bias, o.activation,
+                 shifted(o.source, &image, group * o.channels_per_group), o.sink,
+                 group * s.blocks_per_group + row_part * s.blocks_per_group / s.row_parts,
+                 group * s.blocks_per_group + (row_part + 1) * s.blocks_per_group / s.row_parts,
+                 t0, std::min(o.tokens, t0 + s.token_chunk), kernels().spmm_vectors, nullptr};
+      a.scratch = thread_scratch(spmm_scratch(plan, a.vectors * kernels().width));
+      kernels().spmm(a);
+    }
+  });
+}
+
+void run_sddmm(const PlanView& plan, const Operands& o, const Source& grad, float* out) {
+  if (o.tokens == 0 || plan.nnz == 0) {
+    std::fill_n(out, plan.nnz, 0.f);
+    return;
+  }
+  const int64_t panel = kernels().width * kernels().sddmm_vectors;
+  const int64_t n_panels = (o.tokens + panel - 1) / panel;
+  const int64_t stride = plan.rows * panel;
+  const Tensor buffer = torch::stable::empty({n_panels * stride + 16}, ScalarType::Float);
+  float* panels = buffer.mutable_data_ptr<float>();
+  panels += (64 - reinterpret_cast<uintptr_t>(panels) % 64) % 64 / sizeof(float);
+  torch::stable::parallel_for(0, n_panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      kernels().fill_panel(grad, panels + p * stride, kernels().sddmm_vectors, p * panel,
+                           std::min(o.tokens, (p + 1) * panel), 0, plan.rows);
+  });
+  const int64_t per_group = plan.n_row_blocks / o.groups;
+  torch::stable::parallel_for(
+      0, plan.n_row_blocks * plan.n_col_blocks, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t g = begin; g < end; ++g) {
+          const int64_t group = g / plan.n_col_blocks / per_group;
+          ImageSource image;
+          SddmmArgs a{plan, o.col, panels, stride,
+                      shifted(o.source, &image, group * o.channels_per_group), out, g, o.tokens,
+                      thread_scratch(plan.col_block * panel)};
+          kernels().sddmm(a);
+        }
+      });
+}
+
+}  // namespace sparsekern

@@ -1,0 +1,81 @@
+// Between the ops and the kernels: checked patterns, plans, scratch memory and threads.
+#pragma once
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../check.h"
+#include "isa.h"
+#include "kernels.h"
+#include "plan.h"
+
+namespace sparsekern {
+
+Activation parse_activation(const std::string& op, const std::string& name);
+
+// A CSR pattern whose arguments were checked. `rows` x `cols`, cols counted within a group.
+struct Pattern {
+  Tensor crow, col;                  // contiguous int32
+  int64_t rows, cols, nnz, groups, taps;
+  const int32_t* crow_data() const { return crow.const_data_ptr<int32_t>(); }
+  const int32_t* col_data() const { return col.const_data_ptr<int32_t>(); }
+};
+
+Pattern check_pattern(const std::string& op, const Tensor& crow, const Tensor& col, int64_t nnz,
+                      int64_t cols, int64_t groups = 1, int64_t taps = 1);
+
+// A plan that came as an argument, or one made here (which validates every index).
+struct PlanHolder {
+  Tensor given;
+  std::vector<int32_t> own;
+  PlanView view;
+};
+PlanHolder get_plan(const std::string& op, const Pattern& p, const std::optional<Tensor>& plan);
+
+struct TransposedHolder {
+  Tensor given;
+  std::vector<int32_t> own;
+  Transposed view;
+};
+TransposedHolder get_transposed(const std::string& op, const Pattern& p,
+                                const std::optional<Tensor>& plan_t);
+
+// Scratch floats of the calling thread, 64-byte aligned, valid until its next call.
+float* thread_scratch(int64_t floats);
+
+struct Operands {
+  const float* values;
+  const int32_t* col;
+  const float* bias;
+  Activation activation;
+  Source source;                     // for a grouped image: channel0 of group 0
+  Sink sink;
+  int64_t tokens;
+  int64_t groups;
+  int64_t channels_per_group;        // of the source, when it is an image
+};
+
+// out = act(values * source + bias), split over threads.
+void run_spmm(const PlanView& plan, const Operands& operands);
+
+// out[i] = <grad of row(i), source of col(i)>, split over threads.
+void run_sddmm(const PlanView& plan, const Operands& operands, const Source& grad, float* out);
+
+// What the kernels compute in: float64 runs plain loops, everything else float32.
+inline ScalarType compute_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Checks device, dtype (one the kernels take, the same as that of `like`).
+void check_operand(const std::string& op, const char* name, const Tensor& t, const Tensor& like);
+
+Tensor empty_tensor(const std::vector<int64_t>& shape, ScalarType dtype);
+Tensor to_dtype(const Tensor& t, ScalarType dtype);
+
+// out[i] = values[perm[i]], split over threads.
+void permute_values(const float* values, const int32_t* perm, int64_t n, float* out);
+
+// A contiguous float32 (or float64) version of t; t itself when it is one already.
+Tensor as_contiguous(const Tensor& t, ScalarType dtype);
+
+}  // namespace sparsekern

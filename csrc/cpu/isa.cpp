@@ -1,0 +1,66 @@
+// Which instruction set runs: the best one this CPU and its operating system offer, chosen once.
+#include "isa.h"
+
+#include <atomic>
+
+namespace sparsekern {
+namespace {
+
+#if defined(__x86_64__)
+// Every sub-feature that the flags of a unit let the compiler use, see setup.py. The builtins also
+// check that the operating system saves the registers.
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+}
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
+const Kernels* best() {
+#if defined(__x86_64__)
+  if (has_avx512()) return &kernels_avx512;
+  if (has_avx2()) return &kernels_avx2;
+#endif
+  return &kernels_scalar;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+}  // namespace
+
+const Kernels& kernels() {
+  const Kernels* k = chosen.load(std::memory_order_relaxed);
+  if (!k) {
+    k = best();
+    chosen.store(k, std::memory_order_relaxed);
+  }
+  return *k;
+}
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names{"scalar"};
+#if defined(__x86_64__)
+  if (has_avx2()) names.push_back("avx2");
+  if (has_avx512()) names.push_back("avx512");
+#endif
+  return names;
+}
+
+bool set_cpu_isa(const std::string& name) {
+  for (const std::string& have : available_isas()) {
+    if (have != name) continue;
+    const Kernels* k = &kernels_scalar;
+#if defined(__x86_64__)
+    if (name == "avx2") k = &kernels_avx2;
+    if (name == "avx512") k = &kernels_avx512;
+#endif
+    chosen.store(k, std::memory_order_relaxed);
+    return true;
+  }
+  return false;
+}
+
+}  // namespace sparsekern

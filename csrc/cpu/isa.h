@@ -1,0 +1,20 @@
+// The instruction set in use.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace sparsekern {
+
+// The table that runs: the best one for this machine, or the one forced by set_cpu_isa.
+const Kernels& kernels();
+
+
+// Names of the tables this CPU can run, the plainest first.
+std::vector<std::string> available_isas();
+
+// Forces a table, for tests. False when this CPU cannot run it.
+bool set_cpu_isa(const std::string& name);
+
+}  // namespace sparsekern

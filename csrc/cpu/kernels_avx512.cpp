@@ -1,0 +1,10 @@
+#define SPARSEKERN_AVX512
+#include "kernels.h"
+#include "vec.h"
+#include "panel.inl"
+#include "csr.inl"
+#include "sddmm.inl"
+
+namespace sparsekern {
+const Kernels kernels_avx512 = {"avx512", Vec::N, 8, kSddmmVectors, spmm, sddmm, fill_panel, spmv};
+}  // namespace sparsekern

@@ -1,0 +1,9 @@
+#include "kernels.h"
+#include "vec.h"
+#include "panel.inl"
+#include "csr.inl"
+#include "sddmm.inl"
+
+namespace sparsekern {
+const Kernels kernels_scalar = {"scalar", Vec::N, 4, kSddmmVectors, spmm, sddmm, fill_panel, spmv};
+}  // namespace sparsekern

@@ -1,0 +1,160 @@
+// CPU registrations of the linear ops: check, allocate, hand over to the driver.
+// The schemas, fakes and gradients are in sparsekern/ops/csr.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "driver.h"
+#include "reference.h"
+
+namespace sparsekern {
+namespace {
+
+std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) shape.push_back(t.size(i));
+  shape.push_back(last);
+  return shape;
+}
+
+int64_t tokens_of(const Tensor& x) {
+  int64_t n = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) n *= x.size(i);
+  return n;
+}
+
+void spmv_rows(const Pattern& p, const float* values, const float* x, const float* bias,
+               Activation activation, float* y, int64_t tokens) {
+  const int64_t grain = std::max<int64_t>(1, 30000 * p.rows / std::max<int64_t>(1, p.nnz));
+  torch::stable::parallel_for(0, p.rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t t = 0; t < tokens; ++t)
+      kernels().spmv(p.crow_data(), p.col_data(), values, x + t * p.cols, bias, activation,
+                     y + t * p.rows, begin, end);
+  });
+}
+
+Tensor csr_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& col,
+                      const std::optional<Tensor>& bias, const std::optional<Tensor>& plan,
+                      const std::optional<Tensor>&, const std::string& activation) {
+  const std::string op = "csr_linear";
+  check_operand(op, "x", x, x);
+  if (x.dim() < 1) fail(op, "x of shape (..., in_features)", "a scalar");
+  check_operand(op, "values", values, x);
+  check_dim(op, "values", values, 1);
+  const Activation act = parse_activation(op, activation);
+  const int64_t cols = x.size(x.dim() - 1), tokens = tokens_of(x);
+  const Pattern p = check_pattern(op, crow, col, values.size(0), cols);
+  if (bias) {
+    check_operand(op, "bias", *bias, x);
+    check_dim(op, "bias", *bias, 1);
+    check_size(op, "bias.size(0) = out_features", bias->size(0), p.rows);
+  }
+  const PlanHolder holder = get_plan(op, p, plan);
+  const ScalarType type = compute_type(x);
+  const Tensor xc = as_contiguous(x, type), vc = as_contiguous(values, type);
+  const std::optional<Tensor> bc =
+      bias ? std::optional<Tensor>(as_contiguous(*bias, type)) : std::nullopt;
+  const Tensor y = empty_tensor(with_last(x, p.rows), type);
+  MatrixSource matrix{nullptr, cols};
+  Sink sink{nullptr, true, p.rows, 0, 0};
+  if (type == ScalarType::Double) {
+    spmm_reference(p.crow_data(), p.col_data(), vc.const_data_ptr<double>(),
+                   bc ? bc->const_data_ptr<double>() : nullptr, act, {&matrix, nullptr},
+                   xc.const_data_ptr<double>(), sink, y.mutable_data_ptr<double>(), 0, p.rows, tokens);
+    return y;
+  }
+  matrix.data = xc.const_data_ptr<float>();
+  sink.data = y.mutable_data_ptr<float>();
+  const float* b = bc ? bc->const_data_ptr<float>() : nullptr;
+  if (tokens <= 2)
+    spmv_rows(p, vc.const_data_ptr<float>(), matrix.data, b, act, sink.data, tokens);
+  else
+    run_spmm(holder.view, {vc.const_data_ptr<float>(), p.col_data(), b, act, {&matrix, nullptr}, sink,
+                           tokens, 1, 0});
+  return to_dtype(y, x.scalar_type());
+}
+
+Tensor csr_linear_grad_input_cpu(const Tensor& grad, const Tensor& values, const Tensor& crow,
+                                 const Tensor& col, const std::optional<Tensor>& plan_t,
+                                 int64_t in_features) {
+  const std::string op = "csr_linear_grad_input";
+  check_operand(op, "grad", grad, grad);
+  check_operand(op, "values", values, grad);
+  const Pattern p = check_pattern(op, crow, col, values.size(0), in_features);
+  check_size(op, "grad.size(-1) = out_features", grad.size(grad.dim() - 1), p.rows);
+  const TransposedHolder holder = get_transposed(op, p, plan_t);
+  const Transposed& t = holder.view;
+  const ScalarType type = compute_type(grad);
+  const Tensor gc = as_contiguous(grad, type), vc = as_contiguous(values, type);
+  const Tensor out = empty_tensor(with_last(grad, in_features), type);
+  const Tensor vt = empty_tensor({p.nnz}, type);
+  MatrixSource matrix{nullptr, p.rows};
+  Sink sink{nullptr, true, in_features, 0, 0};
+  const int64_t tokens = tokens_of(grad);
+  if (type == ScalarType::Double) {
+    const double* v = vc.const_data_ptr<double>();
+    double* w = vt.mutable_data_ptr<double>();
+    for (int64_t i = 0; i < p.nnz; ++i) w[i] = v[t.perm[i]];
+    spmm_reference(t.crow, t.col, w, nullptr, kNone, {&matrix, nullptr}, gc.const_data_ptr<double>(),
+                   sink, out.mutable_data_ptr<double>(), 0, in_features, tokens);
+    return out;
+  }
+  permute_values(vc.const_data_ptr<float>(), t.perm, p.nnz, vt.mutable_data_ptr<float>());
+  matrix.data = gc.const_data_ptr<float>();
+  sink.data = out.mutable_data_ptr<float>();
+  run_spmm(t.plan, {vt.const_data_ptr<float>(), t.col, nullptr, kNone, {&matrix, nullptr}, sink,
+                    tokens, 1, 0});
+  return to_dtype(out, grad.scalar_type());
+}
+
+Tensor csr_linear_grad_values_cpu(const Tensor& grad, const Tensor& x, const Tensor& crow,
+                                  const Tensor& col, const std::optional<Tensor>& plan) {
+  const std::string op = "csr_linear_grad_values";
+  check_operand(op, "x", x, x);
+  check_operand(op, "grad", grad, x);
+  const int64_t cols = x.size(x.dim() - 1), tokens = tokens_of(x);
+  const Pattern p = check_pattern(op, crow, col, col.numel(), cols);
+  check_size(op, "grad.size(-1) = out_features", grad.size(grad.dim() - 1), p.rows);
+  check_size(op, "tokens of grad = tokens of x", tokens_of(grad), tokens);
+  const PlanHolder holder = get_plan(op, p, plan);
+  const ScalarType type = compute_type(x);
+  const Tensor gc = as_contiguous(grad, type), xc = as_contiguous(x, type);
+  const Tensor out = empty_tensor({p.nnz}, type);
+  MatrixSource matrix{nullptr, cols}, grad_matrix{nullptr, p.rows};
+  const Sink layout{nullptr, true, p.rows, 0, 0};
+  if (type == ScalarType::Double) {
+    sddmm_reference(p.crow_data(), p.col_data(), {&matrix, nullptr}, xc.const_data_ptr<double>(), layout,
+                    gc.const_data_ptr<double>(), out.mutable_data_ptr<double>(), 0, p.rows, tokens);
+    return out;
+  }
+  matrix.data = xc.const_data_ptr<float>();
+  grad_matrix.data = gc.const_data_ptr<float>();
+  run_sddmm(holder.view, {nullptr, p.col_data(), nullptr, kNone, {&matrix, nullptr}, {}, tokens, 1, 0},
+            {&grad_matrix, nullptr}, out.mutable_data_ptr<float>());
+  return to_dtype(out, x.scalar_type());
+}
+
+Tensor csr_plan_cpu(const Tensor& crow, const Tensor& col, int64_t cols, int64_t groups, int64_t taps,
+                    bool transpose) {
+  const std::string op = "csr_plan";
+  if (cols < 0) fail(op, "cols >= 0", std::to_string(cols));
+  if (groups < 1 || taps < 1) fail(op, "groups and taps >= 1", std::to_string(std::min(groups, taps)));
+  const Pattern p = check_pattern(op, crow, col, col.numel(), cols, groups, taps);
+  if (p.rows % groups) fail(op, "rows divisible by groups = " + std::to_string(groups), std::to_string(p.rows));
+  if (cols % taps) fail(op, "cols divisible by taps = " + std::to_string(taps), std::to_string(cols));
+  std::vector<int32_t> own = transpose ? get_transposed(op, p, std::nullopt).own
+                                       : get_plan(op, p, std::nullopt).own;
+  const Tensor out = empty_tensor({static_cast<int64_t>(own.size())}, ScalarType::Int);
+  std::copy(own.begin(), own.end(), out.mutable_data_ptr<int32_t>());
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
+  m.impl("csr_linear", TORCH_BOX(&csr_linear_cpu));
+  m.impl("csr_linear_grad_input", TORCH_BOX(&csr_linear_grad_input_cpu));
+  m.impl("csr_linear_grad_values", TORCH_BOX(&csr_linear_grad_values_cpu));
+  m.impl("csr_plan", TORCH_BOX(&csr_plan_cpu));
+}
+
+}  // namespace sparsekern

@@ -1,0 +1,172 @@
+// The schedule of a CSR matrix: which stretch of which row runs next. Columns are cut into blocks
+// whose panel fits the L1 cache; rows into blocks whose sums fit the L2 cache; inside a pair of blocks
+// rows come in order of falling count. It holds indices only, so it depends on the pattern, not on the
+// values, and lives in one int32 tensor: a header, then row_start, run_start and the runs.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace sparsekern {
+
+constexpr int32_t kPlanMagic = 0x534b5031;  // "SKP1", changes with the layout
+constexpr int64_t kPlanHeader = 16;
+constexpr int64_t kRunPadding = 32;         // the kernels fetch this far ahead
+
+struct PlanShape {
+  int64_t col_block, row_block;
+};
+
+// Blocks for a matrix of this density, from the sweep in bench/NOTES.md: a run should hold about a
+// dozen values, so that starting and storing its sums is paid for, while the panel stays in L1.
+inline PlanShape plan_shape(int64_t cols, double nnz_per_row) {
+  const double density = cols ? nnz_per_row / static_cast<double>(cols) : 0;
+  const int64_t col_block = density > 0.08 ? 64 : density > 0.03 ? 128 : 256;
+  return {std::min(std::max<int64_t>(cols, 1), col_block), 1024};
+}
+
+// Throws when crow and col are no CSR matrix of this shape. The kernels trust what went through here.
+template <class Fail>
+void check_csr(const int32_t* crow, const int32_t* col, int64_t rows, int64_t cols, int64_t nnz,
+               Fail fail) {
+  if (crow[0] != 0 || crow[rows] != nnz)
+    fail("crow to start at 0 and end at nnz = " + std::to_string(nnz),
+         "start " + std::to_string(crow[0]) + ", end " + std::to_string(crow[rows]));
+  for (int64_t r = 0; r < rows; ++r) {
+    if (crow[r + 1] < crow[r] || crow[r + 1] > nnz)
+      fail("crow to be non-decreasing", std::to_string(crow[r]) + " before " +
+                                            std::to_string(crow[r + 1]) + " at row " + std::to_string(r));
+    for (int32_t i = crow[r]; i < crow[r + 1]; ++i) {
+      const int32_t before = i > crow[r] ? col[i - 1] : -1;
+      if (col[i] <= before || col[i] >= cols)
+        fail("col to rise strictly inside each row and stay in [0, " + std::to_string(cols) + ")",
+             "col[" + std::to_string(i) + "] = " + std::to_string(col[i]) + " in row " +
+                 std::to_string(r));
+    }
+  }
+}
+
+// Rows of one group of a grouped convolution never share a block with rows of another.
+inline std::vector<int32_t> row_blocks(int64_t rows, int64_t groups, int64_t row_block) {
+  std::vector<int32_t> start{0};
+  const int64_t per_group = groups ? rows / groups : rows;
+  for (int64_t g = 0; g < groups; ++g)
+    for (int64_t r = 0; r < per_group; r += row_block)
+      start.push_back(static_cast<int32_t>(g * per_group + std::min(per_group, r + row_block)));
+  return start;
+}
+
+inline std::vector<int32_t> build_plan(const int32_t* crow, const int32_t* col, int64_t rows,
+                                       int64_t cols, int64_t groups, PlanShape shape) {
+  const int64_t nnz = crow[rows], kb = shape.col_block;
+  const int64_t n_col = std::max<int64_t>(1, (cols + kb - 1) / kb);
+  const std::vector<int32_t> row_start = row_blocks(rows, groups, shape.row_block);
+  const int64_t n_row = static_cast<int64_t>(row_start.size()) - 1;
+  std::vector<int32_t> run_start{0};
+  std::vector<Run> runs;
+  std::vector<std::vector<Run>> block(n_col);
+  for (int64_t b = 0; b < n_row; ++b) {
+    for (auto& v : block) v.clear();
+    for (int32_t r = row_start[b]; r < row_start[b + 1]; ++r) {
+      int32_t i = crow[r];
+      for (int64_t k = 0; k < n_col; ++k) {
+        const int32_t begin = i;
+        while (i < crow[r + 1] && col[i] < (k + 1) * kb) ++i;
+        // The first block starts every row from its bias, also the empty ones.
+        if (i > begin || k == 0) block[k].push_back({r, begin, i - begin});
+      }
+    }
+    for (auto& v : block) {
+      std::stable_sort(v.begin(), v.end(), [](const Run& a, const Run& c) { return a.count > c.count; });
+      runs.insert(runs.end(), v.begin(), v.end());
+      run_start.push_back(static_cast<int32_t>(runs.size()));
+    }
+  }
+  runs.resize(runs.size() + kRunPadding, Run{0, 0, 0});
+  const int32_t header[kPlanHeader] = {
+      kPlanMagic, static_cast<int32_t>(rows), static_cast<int32_t>(cols), static_cast<int32_t>(nnz),
+      static_cast<int32_t>(kb), static_cast<int32_t>(n_col), static_cast<int32_t>(n_row),
+      static_cast<int32_t>(runs.size()), static_cast<int32_t>(groups)};
+  std::vector<int32_t> out(header, header + kPlanHeader);
+  out.insert(out.end(), row_start.begin(), row_start.end());
+  out.insert(out.end(), run_start.begin(), run_start.end());
+  const int32_t* p = reinterpret_cast<const int32_t*>(runs.data());
+  out.insert(out.end(), p, p + runs.size() * 3);
+  return out;
+}
+
+// Reads a plan; false when it was not made for a matrix of this shape.
+inline bool view_plan(const int32_t* p, int64_t size, int64_t rows, int64_t cols, int64_t nnz,
+                      int64_t groups, PlanView* v) {
+  if (size < kPlanHeader || p[0] != kPlanMagic || p[1] != rows || p[2] != cols || p[3] != nnz ||
+      p[8] != groups)
+    return false;
+  *v = {rows, cols, nnz, p[4], p[5], p[6], p + kPlanHeader, nullptr, nullptr};
+  v->run_start = v->row_start + v->n_row_blocks + 1;
+  v->runs = reinterpret_cast<const Run*>(v->run_start + v->n_row_blocks * v->n_col_blocks + 1);
+  return size == kPlanHeader + v->n_row_blocks + 1 + v->n_row_blocks * v->n_col_blocks + 1 +
+                     static_cast<int64_t>(p[7]) * 3;
+}
+
+// The transpose of a pattern: its own CSR, where each value sits in the original, and its plan.
+// For a convolution weight (out, in / groups, kh, kw) it is the matrix of the input gradient,
+// (in, out / groups * kh * kw); a matrix is the case of one tap and one group.
+constexpr int32_t kTransposedMagic = 0x534b5431;  // "SKT1"
+
+struct Transposed {
+  const int32_t *crow, *col, *perm;
+  PlanView plan;
+};
+
+struct TransposedShape {
+  int64_t rows, cols;
+};
+
+inline TransposedShape transposed_shape(int64_t rows, int64_t cols, int64_t groups, int64_t taps) {
+  return {cols / taps * groups, rows / groups * taps};
+}
+
+inline std::vector<int32_t> build_transposed(const int32_t* crow, const int32_t* col, int64_t rows,
+                                             int64_t cols, int64_t groups, int64_t taps) {
+  const TransposedShape t = transposed_shape(rows, cols, groups, taps);
+  const int64_t nnz = crow[rows], per_group = rows / groups, in_per_group = cols / taps;
+  std::vector<int32_t> out(kPlanHeader + t.rows + 1 + 2 * nnz, 0);
+  int32_t* tcrow = out.data() + kPlanHeader;
+  int32_t *tcol = tcrow + t.rows + 1, *perm = tcol + nnz;
+  const auto row_of = [&](int64_t r, int32_t c) { return r / per_group * in_per_group + c / taps; };
+  for (int64_t r = 0; r < rows; ++r)
+    for (int32_t i = crow[r]; i < crow[r + 1]; ++i) ++tcrow[row_of(r, col[i]) + 1];
+  for (int64_t r = 0; r < t.rows; ++r) tcrow[r + 1] += tcrow[r];
+  std::vector<int32_t> next(tcrow, tcrow + t.rows);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int32_t i = crow[r]; i < crow[r + 1]; ++i) {
+      const int32_t at = next[row_of(r, col[i])]++;
+      tcol[at] = static_cast<int32_t>(r % per_group * taps + col[i] % taps);
+      perm[at] = i;
+    }
+  const double nnz_per_row = t.rows ? static_cast<double>(nnz) / static_cast<double>(t.rows) : 0;
+  const std::vector<int32_t> plan =
+      build_plan(tcrow, tcol, t.rows, t.cols, groups, plan_shape(t.cols, nnz_per_row));
+  const int32_t header[] = {kTransposedMagic, static_cast<int32_t>(t.rows),
+                            static_cast<int32_t>(t.cols), static_cast<int32_t>(nnz)};
+  std::copy(header, header + 4, out.begin());
+  out.insert(out.end(), plan.begin(), plan.end());
+  return out;
+}
+
+inline bool view_transposed(const int32_t* p, int64_t size, TransposedShape t, int64_t nnz,
+                            int64_t groups, Transposed* v) {
+  if (size < kPlanHeader || p[0] != kTransposedMagic || p[1] != t.rows || p[2] != t.cols || p[3] != nnz)
+    return false;
+  v->crow = p + kPlanHeader;
+  v->col = v->crow + t.rows + 1;
+  v->perm = v->col + nnz;
+  const int32_t* plan = v->perm + nnz;
+  return size > plan - p && view_plan(plan, size - (plan - p), t.rows, t.cols, nnz, groups, &v->plan);
+}
+
+}  // namespace sparsekern

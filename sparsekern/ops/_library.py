@@ -1,0 +1,75 @@
+"""What every op file needs: the library to define in, and the fallback to the reference."""
+
+import torch
+from torch.library import Library
+
+from .._load import _C
+
+LIBRARY = Library("sparsekern", "DEF")
+# Kernels of a device win over this key; it serves every device that has none.
+_FALLBACK = Library("sparsekern", "IMPL", "CompositeExplicitAutograd")
+
+
+def define(schema: str, reference, fake):
+    """Defines an op with its reference implementation and its fake; returns the op."""
+    name = schema.split("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _FALLBACK.impl(name, reference)
+    torch.library.register_fake(f"sparsekern::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.sparsekern, name).default
+
+
+def activate(y: torch.Tensor, activation: str, op: str) -> torch.Tensor:
+    """The fused activations by name: none, relu, gelu (erf), gelu_tanh."""
+    if activation == "none":
+        return y
+    if activation == "relu":
+        return torch.relu(y)
+    if activation in ("gelu", "gelu_tanh"):
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        return torch.nn.functional.gelu(y, approximate=approximate)
+    raise RuntimeError(
+        f"{op}: expected activation to be none, relu, gelu or gelu_tanh, got '{activation}'"
+    )
+
+
+def activation_backward(grad, activation: str, output, pre_activation):
+    """Gradient before the activation; `pre_activation` is called only where it is needed."""
+    if activation == "relu":
+        return grad * (output > 0)
+    if activation in ("gelu", "gelu_tanh"):
+        approximate = "tanh" if activation == "gelu_tanh" else "none"
+        return torch.ops.aten.gelu_backward(grad, pre_activation(), approximate=approximate)
+    return grad
+
+
+def check_indices(op: str, crow: torch.Tensor, col: torch.Tensor, cols: int) -> None:
+    """Refuses anything that is no CSR pattern, like the compiled ops do."""
+    nnz = col.numel()
+    start, end = int(crow[0]), int(crow[-1])
+    if start != 0 or end != nnz:
+        raise RuntimeError(
+            f"{op}: expected crow to start at 0 and end at nnz = {nnz}, "
+            f"got start {start}, end {end}"
+        )
+    if bool((crow[1:] < crow[:-1]).any()):
+        raise RuntimeError(f"{op}: expected crow to be non-decreasing, got a falling step")
+    row = torch.repeat_interleave(torch.arange(crow.numel() - 1, device=crow.device), crow.diff())
+    rising = (col[1:] > col[:-1]) | (row[1:] != row[:-1])
+    if nnz and (int(col.min()) < 0 or int(col.max()) >= cols or not bool(rising.all())):
+        raise RuntimeError(
+            f"{op}: expected col to rise strictly inside each row and stay in [0, {cols}), "
+            f"got columns in [{int(col.min())}, {int(col.max())}]"
+        )
+
+
+def csr_to_dense(op: str, values, crow, col, cols: int) -> torch.Tensor:
+    """The dense (rows, cols) matrix of a CSR pattern."""
+    check_indices(op, crow, col, cols)
+    rows = crow.numel() - 1
+    row = torch.repeat_interleave(torch.arange(rows, device=crow.device), crow.diff())
+    dense = values.new_zeros(rows, cols)
+    return dense.index_put((row, col.long()), values)
+
+
+HAS_CPU_KERNELS = _C is not None

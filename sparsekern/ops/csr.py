@@ -1,0 +1,119 @@
+"""csr_linear: y = act(x W^T + b) with W in CSR, and its two gradients.
+
+Shapes: x (..., in), values (nnz,), crow (out + 1,) int32, col (nnz,) int32 sorted inside each row,
+bias (out,). `plan` and `plan_t` are kernel schedules made by csr_plan; without them the op makes its
+own on each call, which also validates the indices. A plan vouches for the indices it was made of.
+"""
+
+import torch
+
+from ._library import activate, activation_backward, check_indices, csr_to_dense, define
+
+LINEAR = "csr_linear"
+
+
+def _linear_reference(x, values, crow, col, bias, plan, plan_t, activation):
+    weight = csr_to_dense(LINEAR, values, crow, col, x.shape[-1])
+    return activate(torch.nn.functional.linear(x, weight, bias), activation, LINEAR).contiguous()
+
+
+def _linear_fake(x, values, crow, col, bias, plan, plan_t, activation):
+    torch._check(
+        x.dtype == values.dtype,
+        lambda: f"{LINEAR}: expected values of the dtype of x ({x.dtype}), got {values.dtype}",
+    )
+    return x.new_empty((*x.shape[:-1], crow.shape[0] - 1))
+
+
+csr_linear = define(
+    "csr_linear(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias=None, "
+    'Tensor? plan=None, Tensor? plan_t=None, str activation="none") -> Tensor',
+    _linear_reference,
+    _linear_fake,
+)
+
+
+def _grad_input_reference(grad, values, crow, col, plan_t, in_features):
+    weight = csr_to_dense("csr_linear_grad_input", values, crow, col, in_features)
+    return (grad @ weight).contiguous()
+
+
+csr_linear_grad_input = define(
+    "csr_linear_grad_input(Tensor grad, Tensor values, Tensor crow, Tensor col, Tensor? plan_t, "
+    "SymInt in_features) -> Tensor",
+    _grad_input_reference,
+    lambda grad, values, crow, col, plan_t, in_features: grad.new_empty(
+        (*grad.shape[:-1], in_features)
+    ),
+)
+
+
+def _grad_values_reference(grad, x, crow, col, plan):
+    check_indices("csr_linear_grad_values", crow, col, x.shape[-1])
+    dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    row = torch.repeat_interleave(
+        torch.arange(crow.numel() - 1, device=crow.device), crow.diff().long()
+    )
+    return dense[row, col.long()]
+
+
+csr_linear_grad_values = define(
+    "csr_linear_grad_values(Tensor grad, Tensor x, Tensor crow, Tensor col, Tensor? plan) -> Tensor",
+    _grad_values_reference,
+    lambda grad, x, crow, col, plan: x.new_empty((col.shape[0],)),
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, values, crow, col, bias, plan, plan_t, ctx.activation = inputs
+    needs_x, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    recompute = ctx.activation.startswith("gelu")
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(
+        x if needs_values or recompute else None,
+        values if needs_x or recompute else None,
+        crow,
+        col,
+        bias if recompute else None,
+        plan,
+        plan_t,
+        output if ctx.activation == "relu" else None,
+    )
+
+
+def _backward(ctx, grad):
+    x, values, crow, col, bias, plan, plan_t, output = ctx.saved_tensors
+
+    def pre_activation():
+        return csr_linear(x, values, crow, col, bias, plan, None, "none")
+
+    grad = activation_backward(grad, ctx.activation, output, pre_activation)
+    needs = ctx.needs_input_grad
+    grad_x = grad_values = grad_bias = None
+    if needs[0]:
+        grad_x = csr_linear_grad_input(grad, values, crow, col, plan_t, ctx.in_features)
+    if needs[1]:
+        grad_values = csr_linear_grad_values(grad, x, crow, col, plan)
+    if needs[4]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, grad_values, None, None, grad_bias, None, None, None
+
+
+torch.library.register_autograd("sparsekern::csr_linear", _backward, setup_context=_setup_context)
+
+
+def _plan_reference(crow, col, cols, groups, taps, transpose):
+    check_indices("csr_plan", crow, col, cols)
+    return crow.new_empty((0,))  # the reference implementations need no schedule
+
+
+def _plan_fake(crow, col, cols, groups, taps, transpose):
+    return crow.new_empty((torch.library.get_ctx().new_dynamic_size(),))
+
+
+csr_plan = define(
+    "csr_plan(Tensor crow, Tensor col, int cols, int groups=1, int taps=1, bool transpose=False) "
+    "-> Tensor",
+    _plan_reference,
+    _plan_fake,
+)
