@@ -1,4 +1,4 @@
-"""Builds the native halves: `_C` (CPU) always, `_C_cuda` when a CUDA toolkit and a CUDA torch are there.
+"""Builds `_C` (CPU) always and `_C_cuda` where a CUDA toolkit and a CUDA torch are found.
 
 Force the CUDA choice with SPARSEKERN_CUDA=0 or SPARSEKERN_CUDA=1. Needs torch in the environment:
 `pip install --no-build-isolation -e .`
@@ -66,7 +66,8 @@ def cuda_choice(sources: list[str]) -> tuple[bool, str]:
         raise SystemExit("setup: SPARSEKERN_CUDA=1, but " + " and ".join(missing[:2]))
     if forced == "1":
         return True, "SPARSEKERN_CUDA=1"
-    return not missing, "; ".join(missing) or f"toolkit at {CUDA_HOME}, torch CUDA {torch.version.cuda}"
+    found = f"toolkit at {CUDA_HOME}, torch for CUDA {torch.version.cuda}"
+    return not missing, "; ".join(missing) or found
 
 
 def extensions() -> list:

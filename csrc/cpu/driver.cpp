@@ -80,6 +80,8 @@ PlanHolder get_plan(const std::string& op, const Pattern& p, const std::optional
                        plan_shape(p.cols, per_row));
     data = h.own.data(), size = static_cast<int64_t>(h.own.size());
   }
+  if (size > 2 && data[0] == kPlanMagic && data[2] != p.cols && p.taps == 1)
+    fail(op, "x.size(-1) = in_features = " + std::to_string(data[2]), std::to_string(p.cols));
   if (!view_plan(data, size, p.rows, p.cols, p.nnz, p.groups, &h.view))
     fail(op, "plan made by csr_plan for this pattern", "a plan of another pattern");
   return h;

@@ -27,7 +27,19 @@ def _dense_weight(op, values, crow, col, in_channels, kernel_size, groups):
 
 
 def _conv_reference(
-    x, values, crow, col, bias, plan, plan_t, kernel_size, stride, padding, dilation, groups, activation
+    x,
+    values,
+    crow,
+    col,
+    bias,
+    plan,
+    plan_t,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    activation="none",
 ):
     weight = _dense_weight(CONV, values, crow, col, x.shape[1], kernel_size, groups)
     y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -35,7 +47,19 @@ def _conv_reference(
 
 
 def _conv_fake(
-    x, values, crow, col, bias, plan, plan_t, kernel_size, stride, padding, dilation, groups, activation
+    x,
+    values,
+    crow,
+    col,
+    bias,
+    plan,
+    plan_t,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
+    activation="none",
 ):
     torch._check(
         x.dtype == values.dtype,
@@ -55,7 +79,19 @@ csr_conv2d = define(
 
 
 def _grad_input_reference(
-    grad, values, crow, col, plan_t, channels, height, width, kernel_size, stride, padding, dilation, groups
+    grad,
+    values,
+    crow,
+    col,
+    plan_t,
+    channels,
+    height,
+    width,
+    kernel_size,
+    stride,
+    padding,
+    dilation,
+    groups,
 ):
     op = "csr_conv2d_grad_input"
     weight = _dense_weight(op, values, crow, col, channels, kernel_size, groups)
@@ -75,7 +111,9 @@ csr_conv2d_grad_input = define(
 )
 
 
-def _grad_values_reference(grad, x, crow, col, plan, kernel_size, stride, padding, dilation, groups):
+def _grad_values_reference(
+    grad, x, crow, col, plan, kernel_size, stride, padding, dilation, groups
+):
     shape = (crow.shape[0] - 1, x.shape[1] // groups, *kernel_size)
     dense = torch.nn.grad.conv2d_weight(x, shape, grad, stride, padding, dilation, groups)
     row = torch.repeat_interleave(

@@ -1,8 +1,9 @@
 """csr_linear: y = act(x W^T + b) with W in CSR, and its two gradients.
 
 Shapes: x (..., in), values (nnz,), crow (out + 1,) int32, col (nnz,) int32 sorted inside each row,
-bias (out,). `plan` and `plan_t` are kernel schedules made by csr_plan; without them the op makes its
-own on each call, which also validates the indices. A plan vouches for the indices it was made of.
+bias (out,). `plan` and `plan_t` are kernel schedules made by csr_plan; without them the op makes
+its own on each call, which also validates the indices. A plan vouches for the indices it was made
+of.
 """
 
 import torch
@@ -12,12 +13,12 @@ from ._library import activate, activation_backward, check_indices, csr_to_dense
 LINEAR = "csr_linear"
 
 
-def _linear_reference(x, values, crow, col, bias, plan, plan_t, activation):
+def _linear_reference(x, values, crow, col, bias=None, plan=None, plan_t=None, activation="none"):
     weight = csr_to_dense(LINEAR, values, crow, col, x.shape[-1])
     return activate(torch.nn.functional.linear(x, weight, bias), activation, LINEAR).contiguous()
 
 
-def _linear_fake(x, values, crow, col, bias, plan, plan_t, activation):
+def _linear_fake(x, values, crow, col, bias=None, plan=None, plan_t=None, activation="none"):
     torch._check(
         x.dtype == values.dtype,
         lambda: f"{LINEAR}: expected values of the dtype of x ({x.dtype}), got {values.dtype}",
@@ -58,7 +59,8 @@ def _grad_values_reference(grad, x, crow, col, plan):
 
 
 csr_linear_grad_values = define(
-    "csr_linear_grad_values(Tensor grad, Tensor x, Tensor crow, Tensor col, Tensor? plan) -> Tensor",
+    "csr_linear_grad_values(Tensor grad, Tensor x, Tensor crow, Tensor col, Tensor? plan) "
+    "-> Tensor",
     _grad_values_reference,
     lambda grad, x, crow, col, plan: x.new_empty((col.shape[0],)),
 )
@@ -102,12 +104,12 @@ def _backward(ctx, grad):
 torch.library.register_autograd("sparsekern::csr_linear", _backward, setup_context=_setup_context)
 
 
-def _plan_reference(crow, col, cols, groups, taps, transpose):
+def _plan_reference(crow, col, cols, groups=1, taps=1, transpose=False):
     check_indices("csr_plan", crow, col, cols)
     return crow.new_empty((0,))  # the reference implementations need no schedule
 
 
-def _plan_fake(crow, col, cols, groups, taps, transpose):
+def _plan_fake(crow, col, cols, groups=1, taps=1, transpose=False):
     return crow.new_empty((torch.library.get_ctx().new_dynamic_size(),))
 
 

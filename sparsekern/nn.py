@@ -1,0 +1,327 @@
+"""SparseLinear and SparseConv2d: drop-in layers whose weight is stored and multiplied sparse."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from .patterns import NM, parse
+from .weights import CSRWeight
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
+
+
+def _random_weight(shape, groups, sparsity, pattern, device, dtype) -> CSRWeight:
+    """A random pattern with nn.Linear's initial values, scaled to the fan-in that is left.
+
+    Uniform in +-1 / sqrt(kept weights per output), so that activations keep the variance that a
+    dense layer would give them (Evci et al. 2022, "Gradient Flow in Sparse Neural Networks").
+    """
+    pattern = parse(pattern)
+    if torch.device(device or torch.get_default_device()).type == "meta":
+        return _meta_weight(shape, groups, pattern, sparsity, dtype)
+    mask = pattern.mask(torch.rand(shape, device=device), sparsity)
+    fan_in = max(1.0, mask.sum().item() / max(1, shape[0]))
+    dense = torch.empty(shape, device=device, dtype=dtype)
+    dense.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+    return CSRWeight.from_dense(dense, mask, str(pattern), groups)
+
+
+def _meta_weight(shape, groups, pattern, sparsity, dtype) -> CSRWeight:
+    """Shapes without data; the exact count is that of the pattern on any scores."""
+    scores = torch.zeros(shape)
+    nnz = int(pattern.mask(scores, sparsity).sum())
+    crow = torch.empty(shape[0] + 1, dtype=torch.int32, device="meta")
+    col = torch.empty(nnz, dtype=torch.int32, device="meta")
+    values = torch.empty(nnz, dtype=dtype, device="meta")
+    return CSRWeight(values, crow, col, shape, str(pattern), groups)
+
+
+class _SparseLayer(nn.Module):
+    """What both layers share: bias, activation, autocast, training preparation."""
+
+    weight: CSRWeight
+
+    def _set_bias(self, bias: bool | Tensor | None, size: int, device, dtype) -> None:
+        if isinstance(bias, Tensor):
+            self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+        elif bias:
+            self.bias = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+        else:
+            self.register_parameter("bias", None)
+
+    def _set_activation(self, op: str, activation: str) -> None:
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{op}: expected activation to be one of {', '.join(ACTIVATIONS)}, "
+                f"got {activation!r}"
+            )
+        self.activation = activation
+
+    def _init_bias(self) -> None:
+        """As nn.Linear and nn.Conv2d: uniform in +-1 / sqrt(dense fan-in)."""
+        fan_in = self.weight.shape[1:].numel()
+        if self.bias is not None and fan_in and not self.bias.is_meta:
+            nn.init.uniform_(self.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that are zero."""
+        return self.weight.sparsity
+
+    @property
+    def pattern(self) -> str:
+        """The pattern of the nonzeros."""
+        return self.weight.pattern
+
+    def prepare_training(self):
+        """Make what the backward pass needs once, ahead of the first step; returns the layer."""
+        self.weight.prepare_training()
+        return self
+
+    def _autocast(self, x: Tensor) -> tuple[Tensor, torch.dtype]:
+        """Input in the dtype of the weight, and the dtype the caller expects back.
+
+        The dtype of the weight decides what is computed in; under autocast the input may come in
+        any floating dtype and the result goes out in autocast's, as from nn.Linear.
+        """
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            return x.to(self.weight.values.dtype), torch.get_autocast_dtype(x.device.type)
+        return x, x.dtype
+
+
+class SparseLinear(_SparseLayer):
+    """`y = act(x W^T + b)` with a sparse W; leading arguments as nn.Linear.
+
+    Args:
+        in_features: Size of the last dimension of x.
+        out_features: Size of the last dimension of y.
+        bias: Whether to add b.
+        sparsity: Share of zeros in [0, 1); the pattern is drawn at random. 2:4 and the like fix it.
+        pattern: `unstructured`, `2:4`, `block:32x32`, ...; see `sparsekern.patterns.parse`.
+        activation: Fused into the kernel: `none`, `relu`, `gelu` (erf) or `gelu_tanh`.
+        device: As in nn.Linear.
+        dtype: float32, bfloat16 or float64.
+
+    Shapes: x `(..., in_features)` of any leading dimensions, y `(..., out_features)`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        sparsity: float | None = None,
+        pattern="unstructured",
+        activation: str = "none",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        for name, size in (("in_features", in_features), ("out_features", out_features)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(
+                    f"SparseLinear: expected {name} to be a positive integer, got {size}"
+                )
+        self.in_features, self.out_features = in_features, out_features
+        self._set_activation("SparseLinear", activation)
+        if sparsity is None and not isinstance(parse(pattern), NM):
+            sparsity = 0.9
+        shape = (out_features, in_features)
+        self.weight = _random_weight(shape, 1, sparsity, pattern, device, dtype)
+        self._set_bias(bias, out_features, device, dtype)
+        self._init_bias()
+        self.prepare_training()
+
+    @classmethod
+    def from_weight(cls, weight: CSRWeight, bias: Tensor | None, activation: str = "none"):
+        """A layer around an existing weight; the bias is copied."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer.out_features, layer.in_features = weight.shape
+        layer._set_activation("SparseLinear", activation)
+        layer.weight = weight
+        layer._set_bias(bias, weight.shape[0], None, None)
+        return layer
+
+    @classmethod
+    def from_dense(
+        cls, linear: nn.Module, *, sparsity: float | None = None, pattern=None, activation="none"
+    ) -> "SparseLinear":
+        """Sparse twin of a linear layer (or of transformers' Conv1D).
+
+        Without `sparsity` and `pattern` it keeps exactly the zeros that are there; with them it
+        prunes by magnitude first. The dense layer is not changed.
+        """
+        weight = linear.weight.detach()
+        if type(linear).__name__ == "Conv1D":  # transformers' GPT-2 layer stores (in, out)
+            weight = weight.t()
+        sparse = _sparsify("SparseLinear.from_dense", weight, sparsity, pattern, 1)
+        sparse.values.requires_grad_(linear.weight.requires_grad)
+        return cls.from_weight(sparse, linear.bias, activation).train(linear.training)
+
+    def to_dense(self) -> nn.Module:
+        """The dense twin: nn.Linear, followed by the activation if one is fused."""
+        linear = nn.Linear(self.in_features, self.out_features, device="meta")
+        return _dense_twin(self, linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Y = act(x W^T + b)."""
+        x, dtype = self._autocast(x)
+        return self.weight.linear(x, self.bias, self.activation).to(dtype)
+
+    def extra_repr(self) -> str:
+        """Sizes, bias and activation."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, activation={self.activation}"
+        )
+
+
+class SparseConv2d(_SparseLayer):
+    """2-d convolution with a sparse weight; leading arguments as nn.Conv2d.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Integer or pair.
+        stride: Integer or pair.
+        padding: Integer, pair, `valid` or `same`.
+        dilation: Integer or pair.
+        groups: Blocks of channels that do not see each other.
+        bias: Whether to add a bias.
+        padding_mode: `zeros`, `reflect`, `replicate` or `circular`.
+        sparsity: Share of zeros in [0, 1); the pattern is drawn at random.
+        pattern: See `sparsekern.patterns.parse`.
+        activation: Fused: `none`, `relu`, `gelu` (erf) or `gelu_tanh`.
+        device: As in nn.Conv2d.
+        dtype: float32, bfloat16 or float64.
+
+    Shapes: x `(n, in, h, w)` or `(in, h, w)`; y `(n, out, oh, ow)`, always contiguous.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        sparsity: float | None = None,
+        pattern="unstructured",
+        activation: str = "none",
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        # nn.Conv2d checks its own arguments; on the meta device it allocates nothing.
+        twin = nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            padding_mode, device="meta",
+        )  # fmt: skip
+        self._copy_geometry(twin)
+        self._set_activation("SparseConv2d", activation)
+        if sparsity is None and not isinstance(parse(pattern), NM):
+            sparsity = 0.9
+        shape = tuple(twin.weight.shape)
+        self.weight = _random_weight(shape, groups, sparsity, pattern, device, dtype)
+        self._set_bias(bias, out_channels, device, dtype)
+        self._init_bias()
+        self.prepare_training()
+
+    def _copy_geometry(self, conv: nn.Module) -> None:
+        for name in (
+            "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation",
+            "groups", "padding_mode",
+        ):  # fmt: skip
+            setattr(self, name, getattr(conv, name))
+        # (left, right, top, bottom), as F.pad takes it
+        self._pads = tuple(conv._reversed_padding_repeated_twice)
+        even = self._pads[0] == self._pads[1] and self._pads[2] == self._pads[3]
+        self._pad_first = self.padding_mode != "zeros" or not even
+
+    @classmethod
+    def from_dense(
+        cls, conv: nn.Conv2d, *, sparsity: float | None = None, pattern=None, activation="none"
+    ) -> "SparseConv2d":
+        """Sparse twin of a convolution; see `SparseLinear.from_dense`."""
+        weight = _sparsify(
+            "SparseConv2d.from_dense", conv.weight.detach(), sparsity, pattern, conv.groups
+        )
+        weight.values.requires_grad_(conv.weight.requires_grad)
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._copy_geometry(conv)
+        layer._set_activation("SparseConv2d", activation)
+        layer.weight = weight
+        layer._set_bias(conv.bias, conv.out_channels, None, None)
+        return layer.train(conv.training)
+
+    def to_dense(self) -> nn.Module:
+        """The dense twin: nn.Conv2d, followed by the activation if one is fused."""
+        conv = nn.Conv2d(
+            self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
+            self.dilation, self.groups, padding_mode=self.padding_mode, device="meta",
+        )  # fmt: skip
+        return _dense_twin(self, conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Y = act(conv2d(x, W) + b)."""
+        if x.dim() == 3:
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        if x.dim() == 4 and x.shape[1] != self.in_channels:
+            raise RuntimeError(
+                f"SparseConv2d: expected x with {self.in_channels} channels, got {x.shape[1]}"
+            )
+        x, dtype = self._autocast(x)
+        padding = (self._pads[2], self._pads[0])
+        if self._pad_first:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x = nn.functional.pad(x, self._pads, mode)
+            padding = (0, 0)
+        y = self.weight.conv2d(
+            x, self.bias, _pair(self.stride), padding, _pair(self.dilation), self.activation
+        )
+        return y.to(dtype)
+
+    def extra_repr(self) -> str:
+        """Channels and geometry."""
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
+            f"groups={self.groups}, bias={self.bias is not None}, activation={self.activation}"
+        )
+
+
+def _sparsify(op, weight, sparsity, pattern, groups) -> CSRWeight:
+    if sparsity is None and pattern is None:
+        return CSRWeight.from_dense(weight, groups=groups)
+    parsed = parse(pattern or "unstructured")
+    if sparsity is None and not isinstance(parsed, NM):
+        raise ValueError(f"{op}: expected sparsity= with pattern {parsed}, got none")
+    mask = parsed.mask(weight.abs().float(), sparsity)
+    return CSRWeight.from_dense(weight, mask, str(parsed), groups)
+
+
+def _dense_twin(layer: _SparseLayer, dense: nn.Module) -> nn.Module:
+    """Fill `dense`, made on the meta device, with the weights of `layer`."""
+    weight = layer.weight
+    dense.weight = nn.Parameter(
+        weight.to_dense().detach(), requires_grad=weight.values.requires_grad
+    )
+    bias = layer.bias
+    dense.bias = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    dense.train(layer.training)
+    if layer.activation == "none":
+        return dense
+    if layer.activation == "relu":
+        return nn.Sequential(dense, nn.ReLU())
+    approximate = "tanh" if layer.activation == "gelu_tanh" else "none"
+    return nn.Sequential(dense, nn.GELU(approximate))
