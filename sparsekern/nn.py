@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from .patterns import NM, parse
+from .prune.targets import is_conv1d_of_transformers
 from .weights import CSRWeight
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
@@ -126,6 +127,7 @@ class SparseLinear(_SparseLayer):
                     f"SparseLinear: expected {name} to be a positive integer, got {size}"
                 )
         self.in_features, self.out_features = in_features, out_features
+        self.transposed = False  # whether the dense twin is transformers' Conv1D
         self._set_activation("SparseLinear", activation)
         if sparsity is None and not isinstance(parse(pattern), NM):
             sparsity = 0.9
@@ -136,15 +138,16 @@ class SparseLinear(_SparseLayer):
         self.prepare_training()
 
     @classmethod
-    def from_weight(cls, weight: CSRWeight, bias: Tensor | None, activation: str = "none"):
-        """A layer around an existing weight; the bias is copied."""
+    def from_weight(cls, weight: CSRWeight, like: nn.Module, activation: str = "none"):
+        """A layer around an existing weight, with a copy of the bias of the linear layer `like`."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer.out_features, layer.in_features = weight.shape
+        layer.transposed = is_conv1d_of_transformers(like)
         layer._set_activation("SparseLinear", activation)
         layer.weight = weight
-        layer._set_bias(bias, weight.shape[0], None, None)
-        return layer
+        layer._set_bias(like.bias, weight.shape[0], None, None)
+        return layer.train(like.training)
 
     @classmethod
     def from_dense(
@@ -155,17 +158,26 @@ class SparseLinear(_SparseLayer):
         Without `sparsity` and `pattern` it keeps exactly the zeros that are there; with them it
         prunes by magnitude first. The dense layer is not changed.
         """
-        weight = linear.weight.detach()
-        if type(linear).__name__ == "Conv1D":  # transformers' GPT-2 layer stores (in, out)
-            weight = weight.t()
+        transposed = is_conv1d_of_transformers(linear)  # GPT-2's layer stores (in, out)
+        weight = linear.weight.detach().t() if transposed else linear.weight.detach()
         sparse = _sparsify("SparseLinear.from_dense", weight, sparsity, pattern, 1)
         sparse.values.requires_grad_(linear.weight.requires_grad)
-        return cls.from_weight(sparse, linear.bias, activation).train(linear.training)
+        return cls.from_weight(sparse, linear, activation)
 
     def to_dense(self) -> nn.Module:
-        """The dense twin: nn.Linear, followed by the activation if one is fused."""
-        linear = nn.Linear(self.in_features, self.out_features, device="meta")
-        return _dense_twin(self, linear)
+        """The dense twin, followed by the activation if one is fused.
+
+        nn.Linear, or transformers' Conv1D where the layer was made from one.
+        """
+        weight = self.weight.to_dense().detach()
+        if not self.transposed:
+            linear = nn.Linear(self.in_features, self.out_features, device="meta")
+            return _dense_twin(self, linear, weight)
+        from transformers.pytorch_utils import Conv1D
+
+        with torch.device("meta"):
+            linear = Conv1D(self.out_features, self.in_features)
+        return _dense_twin(self, linear, weight.t().contiguous())
 
     def forward(self, x: Tensor) -> Tensor:
         """Y = act(x W^T + b)."""
@@ -256,13 +268,18 @@ class SparseConv2d(_SparseLayer):
             "SparseConv2d.from_dense", conv.weight.detach(), sparsity, pattern, conv.groups
         )
         weight.values.requires_grad_(conv.weight.requires_grad)
+        return cls.from_weight(weight, conv, activation)
+
+    @classmethod
+    def from_weight(cls, weight: CSRWeight, like: nn.Conv2d, activation: str = "none"):
+        """A layer around an existing weight, geometry and a copy of the bias from `like`."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._copy_geometry(conv)
+        layer._copy_geometry(like)
         layer._set_activation("SparseConv2d", activation)
         layer.weight = weight
-        layer._set_bias(conv.bias, conv.out_channels, None, None)
-        return layer.train(conv.training)
+        layer._set_bias(like.bias, like.out_channels, None, None)
+        return layer.train(like.training)
 
     def to_dense(self) -> nn.Module:
         """The dense twin: nn.Conv2d, followed by the activation if one is fused."""
@@ -270,7 +287,7 @@ class SparseConv2d(_SparseLayer):
             self.in_channels, self.out_channels, self.kernel_size, self.stride, self.padding,
             self.dilation, self.groups, padding_mode=self.padding_mode, device="meta",
         )  # fmt: skip
-        return _dense_twin(self, conv)
+        return _dense_twin(self, conv, self.weight.to_dense().detach())
 
     def forward(self, x: Tensor) -> Tensor:
         """Y = act(conv2d(x, W) + b)."""
@@ -310,12 +327,9 @@ def _sparsify(op, weight, sparsity, pattern, groups) -> CSRWeight:
     return CSRWeight.from_dense(weight, mask, str(parsed), groups)
 
 
-def _dense_twin(layer: _SparseLayer, dense: nn.Module) -> nn.Module:
-    """Fill `dense`, made on the meta device, with the weights of `layer`."""
-    weight = layer.weight
-    dense.weight = nn.Parameter(
-        weight.to_dense().detach(), requires_grad=weight.values.requires_grad
-    )
+def _dense_twin(layer: _SparseLayer, dense: nn.Module, weight: Tensor) -> nn.Module:
+    """Fill `dense`, made on the meta device, with `weight` and the bias of `layer`."""
+    dense.weight = nn.Parameter(weight, requires_grad=layer.weight.values.requires_grad)
     bias = layer.bias
     dense.bias = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
     dense.train(layer.training)

@@ -19,27 +19,44 @@ void fill_from_matrix(const MatrixSource& source, float* dst, int64_t panel, int
   }
 }
 
-// One stretch of positions x0 .. x0 + n of an image row under one tap. `src` is the row of the image.
+SK_INLINE void fill_zeros(float* dst, int64_t n) {
+  for (int64_t i = 0; i < n; i += Vec::N) Vec::set(0.f).store(dst + i, n - i < Vec::N ? n - i : Vec::N);
+}
+
+// Every `mul`-th float of src, n of them; src + limit is the end of the image row.
+SK_INLINE void copy_strided(const float* src, int64_t limit, int64_t mul, int64_t n, float* dst) {
+  int64_t i = 0;
+  if (mul == 1) {
+    for (; i < n; i += Vec::N) {
+      const int64_t lanes = n - i < Vec::N ? n - i : Vec::N;
+      Vec::load(src + i, lanes).store(dst + i, lanes);
+    }
+    return;
+  }
+  if (mul == 2)
+    for (; i + Vec::N <= n && 2 * (i + Vec::N) <= limit; i += Vec::N)
+      Vec::load_even(src + 2 * i).store(dst + i);
+  for (; i < n; ++i) dst[i] = src[i * mul];
+}
+
+// One stretch of positions x0 .. x0 + n of an image row under one tap; `src` is the row.
 SK_INLINE void copy_stretch(const float* src, int64_t width, const Tap& tap, int64_t x0, int64_t n,
                             float* dst) {
-  int64_t i = 0;
   const int64_t first = x0 * tap.mul + tap.add;
-  if (tap.div == 1 && tap.mul <= 2) {
-    for (; i < n && first + i * tap.mul < 0; ++i) dst[i] = 0.f;
-    const float* p = src + first + i * tap.mul;
-    // A vector reads mul * N floats; the last ones must still lie inside the row.
-    if (tap.mul == 1)
-      for (; i + Vec::N <= n && p + Vec::N <= src + width; i += Vec::N, p += Vec::N)
-        Vec::load(p).store(dst + i);
-    else
-      for (; i + Vec::N <= n && p + 2 * Vec::N <= src + width; i += Vec::N, p += 2 * Vec::N)
-        Vec::load_even(p).store(dst + i);
+  if (tap.div == 1) {  // positions [lo, hi) lie inside the row, the others are padding
+    const int64_t lo = first >= 0 ? 0 : (-first + tap.mul - 1) / tap.mul;
+    const int64_t fit = first < width ? (width - 1 - first) / tap.mul + 1 : 0;
+    const int64_t hi = fit < n ? fit : n;
+    if (lo >= hi) return fill_zeros(dst, n);
+    fill_zeros(dst, lo);
+    const int64_t at = first + lo * tap.mul;
+    copy_strided(src + at, width - at, tap.mul, hi - lo, dst + lo);
+    fill_zeros(dst + hi, n - hi);
+    return;
   }
-  for (; i < n; ++i) {
-    const int64_t at = (x0 + i) * tap.mul + tap.add;
-    const int64_t x = at / tap.div;
-    dst[i] = at >= 0 && x * tap.div == at && x < width ? src[x] : 0.f;
-  }
+  fill_zeros(dst, n);  // input gradient of a strided convolution: one position in `div` is hit
+  int64_t i = first >= 0 ? (tap.div - first % tap.div) % tap.div : -first;
+  for (; i < n && (first + i) / tap.div < width; i += tap.div) dst[i] = src[(first + i) / tap.div];
 }
 
 void fill_image_row(const ImageSource& s, float* dst, int64_t panel, int64_t token_begin,
@@ -62,7 +79,7 @@ void fill_image_row(const ImageSource& s, float* dst, int64_t panel, int64_t tok
     x = 0;
     if (++y == s.out_h) y = 0, ++image;
   }
-  for (int64_t i = token_end - token_begin; i < panel; ++i) dst[i] = 0.f;
+  fill_zeros(dst + (token_end - token_begin), panel - (token_end - token_begin));
 }
 
 void fill_from_image(const ImageSource& s, float* dst, int64_t panel, int64_t token_begin,

@@ -1,0 +1,101 @@
+"""What a conversion did: one row per layer, and the whole model's times."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    Attributes:
+        name: Name in the model, empty for the model itself.
+        kind: `Linear`, `Conv2d` or `Conv1D`.
+        shape: Shape of the dense weight.
+        pattern: Pattern of the zeros.
+        sparsity: Share of zeros.
+        format: `csr` when sparse, `dense` when left dense.
+        dense_ms: Time of the dense layer at the shapes seen, all its calls in one run of the model;
+            None when not timed.
+        sparse_ms: The same for the sparse layer.
+        max_error: Largest absolute difference of the outputs, None when not compared.
+        reason: Why this format.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    pattern: str
+    sparsity: float
+    format: str
+    dense_ms: float | None
+    sparse_ms: float | None
+    max_error: float | None
+    reason: str
+
+
+@dataclass
+class ConversionReport:
+    """The result of `convert_to_sparse`.
+
+    Attributes:
+        layers: One row per linear or convolution layer.
+        mode: `inference` or `training`.
+        model_dense_ms: Median time of the whole model before, None when not timed.
+        model_sparse_ms: Median time after.
+        reverted: Whether the model went back to dense because it was not faster as a whole.
+        notes: Anything else to know.
+    """
+
+    layers: list[LayerReport] = field(default_factory=list)
+    mode: str = "inference"
+    model_dense_ms: float | None = None
+    model_sparse_ms: float | None = None
+    reverted: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def n_sparse(self) -> int:
+        """Number of layers that are sparse now."""
+        return sum(layer.format != "dense" for layer in self.layers)
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def summary(self) -> str:
+        """One line."""
+        text = f"{self.n_sparse} of {len(self.layers)} layers sparse"
+        if self.model_dense_ms and self.model_sparse_ms:
+            text += (
+                f"; whole model {self.model_dense_ms:.2f} ms dense, {self.model_sparse_ms:.2f} ms "
+                f"sparse ({self.model_dense_ms / self.model_sparse_ms:.2f}x)"
+            )
+        return text + ("; reverted to dense" if self.reverted else "")
+
+    def table(self) -> str:
+        """All layers as a table, with the summary and the notes below."""
+        from .measure.table import text_table
+
+        columns = ["layer", "weight", "pattern", "sparsity", "format"]
+        columns += ["dense ms", "sparse ms", "speed-up", "why"]
+        text = text_table(
+            f"convert_to_sparse, {self.mode}", columns, [_cells(row) for row in self.layers]
+        )
+        return "\n".join([text.rstrip("\n"), self.summary(), *self.notes])
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def _cells(row: LayerReport) -> list[str]:
+    def ms(value):
+        return "-" if value is None else f"{value:.3f}"
+
+    ratio = f"{row.dense_ms / row.sparse_ms:.2f}x" if row.dense_ms and row.sparse_ms else "-"
+    shape = "x".join(str(n) for n in row.shape)
+    return [
+        row.name or "(the model)", f"{row.kind} {shape}", row.pattern, f"{row.sparsity:.1%}",
+        row.format, ms(row.dense_ms), ms(row.sparse_ms), ratio, row.reason,
+    ]  # fmt: skip

@@ -1,0 +1,173 @@
+"""Times a layer dense against sparse, and remembers the result per device."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ._load import cpu_isa
+
+CACHE_VERSION = 1
+MIN_GAIN = 1.05  # sparse must win by 5 % to be taken
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """Shape of the input of a layer in a run of the model."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    channels_last: bool = False
+
+    @classmethod
+    def of(cls, x: Tensor) -> InputSpec:
+        """Spec of a tensor seen in a run."""
+        last = x.dim() == 4 and not x.is_contiguous()
+        last = last and x.is_contiguous(memory_format=torch.channels_last)
+        return cls(tuple(x.shape), x.dtype, last)
+
+    def make(self, device) -> Tensor:
+        """Random tensor of this spec."""
+        x = torch.randn(self.shape, device=device).to(self.dtype)
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+
+def time_layer(
+    dense: nn.Module, sparse: nn.Module, spec: InputSpec, training: bool, budget_s: float
+):
+    """Milliseconds of one call, (dense, sparse), interleaved; with both gradients when training."""
+    from .measure.timer import interleaved
+
+    device = next(dense.parameters()).device
+    x = spec.make(device)
+    run = _training_call if training else _inference_call
+    timings = interleaved([run(dense, x), run(sparse, x)], budget_s=budget_s, device=device)
+    return timings[0].median_ms, timings[1].median_ms
+
+
+def _inference_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+    def call():
+        with torch.inference_mode():
+            return layer(x)
+
+    return call
+
+
+def _training_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+    leaf = x.clone().requires_grad_()
+    parameters = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
+    grad = torch.randn_like(layer(leaf).detach())
+
+    def call():
+        with torch.enable_grad():
+            return torch.autograd.grad(layer(leaf), parameters, grad)
+
+    return call
+
+
+def cache_folder() -> Path:
+    """The user's cache folder: $XDG_CACHE_HOME/sparsekern or ~/.cache/sparsekern."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "sparsekern"
+
+
+def device_key(device: torch.device) -> str:
+    """What a timing holds for: hardware, kernels, threads and versions."""
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    else:
+        from .measure.hardware import hardware
+
+        where = f"{hardware()['cpu']}, {cpu_isa()}, {torch.get_num_threads()} threads"
+    return f"{where}, {platform.machine()}, torch {torch.__version__}, sparsekern {_version()}"
+
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+class TuningCache:
+    """Timings on disk, one JSON file: {version, devices: {device: {layer: [dense_ms, sparse_ms]}}}.
+
+    A file that cannot be read is ignored with a warning; one that cannot be written costs nothing
+    but the next conversion's time, and is said once.
+    """
+
+    def __init__(self, device: torch.device, folder: Path | None = None):
+        self.path = (folder or cache_folder()) / "tuning.json"
+        self.key = device_key(device)
+        self.entries: dict[str, list[float]] = self._read().get(self.key, {})
+        self._changed = False
+
+    def get(self, layer: str) -> tuple[float, float] | None:
+        """Dense and sparse milliseconds, None when unknown."""
+        found = self.entries.get(layer)
+        return (found[0], found[1]) if found else None
+
+    def put(self, layer: str, dense_ms: float, sparse_ms: float) -> None:
+        """Remember a timing; written by `save`."""
+        self.entries[layer] = [dense_ms, sparse_ms]
+        self._changed = True
+
+    def save(self) -> None:
+        """Merge into the file, atomically."""
+        if not self._changed:
+            return
+        devices = self._read()
+        devices[self.key] = {**devices.get(self.key, {}), **self.entries}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", dir=self.path.parent, suffix=".tmp", delete=False
+            ) as file:
+                json.dump({"version": CACHE_VERSION, "devices": devices}, file)
+            os.replace(file.name, self.path)
+        except OSError as error:
+            warnings.warn(
+                f"sparsekern: tuning results were not kept, cannot write {self.path}: {error}",
+                stacklevel=2,
+            )
+
+    def _read(self) -> dict:
+        try:
+            data = json.loads(self.path.read_text())
+            if data["version"] != CACHE_VERSION:
+                return {}
+            devices = data["devices"]
+            for entries in devices.values():
+                for times in entries.values():
+                    if len(times) != 2 or not all(t > 0 for t in times):
+                        raise ValueError(f"bad timing {times}")
+            return devices
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            warnings.warn(
+                f"sparsekern: ignoring the tuning cache {self.path}, it cannot be read: {error!r}",
+                stacklevel=2,
+            )
+            return {}
+
+
+def layer_key(layer: nn.Module, spec: InputSpec, training: bool) -> str:
+    """Name of a timing: everything its time depends on, the density to 1 %."""
+    weight = layer.weight
+    geometry = tuple(getattr(layer, n, None) for n in ("stride", "padding", "dilation", "groups"))
+    return repr(
+        (
+            type(layer).__name__, tuple(weight.shape), round(weight.sparsity, 2), weight.pattern,
+            str(weight.values.dtype), geometry, layer.bias is not None, spec.shape,
+            str(spec.dtype), spec.channels_last, "training" if training else "inference",
+        )
+    )  # fmt: skip
