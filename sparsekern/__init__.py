@@ -4,16 +4,24 @@ from . import patterns
 from ._load import available_isas, cpu_isa
 from .conversion import ConversionReport, LayerReport
 from .convert import convert_to_sparse, report, to_dense
+from .doctor import doctor
+from .measure import Comparison, compare
 from .nn import SparseConv2d, SparseLinear
+from .prune import PruneReport, prune
 from .weights import CSRWeight
 
 __version__ = "0.1.0"
 __all__ = [
+    "prune",
+    "PruneReport",
     "convert_to_sparse",
     "report",
     "to_dense",
     "ConversionReport",
     "LayerReport",
+    "compare",
+    "Comparison",
+    "doctor",
     "SparseLinear",
     "SparseConv2d",
     "CSRWeight",

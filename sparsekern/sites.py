@@ -59,7 +59,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     sites: dict[int, Site] = {}
     parents: dict[int, list] = {}
     for parent_name, parent in model.named_modules():
-        for attribute, child in parent.named_children():
+        for attribute, child in _children(parent):
             parents.setdefault(id(child), []).append((parent, attribute))
             if id(child) not in sites and kind_of(child):
                 name = f"{parent_name}.{attribute}" if parent_name else attribute
@@ -71,6 +71,11 @@ def find_sites(model: nn.Module) -> list[Site]:
         site.places = parents.get(key, [])
         site.obstacle = _obstacle(site, owners)
     return list(sites.values())
+
+
+def _children(parent: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every (attribute, child), also where a child hangs twice, unlike named_children."""
+    return [(name, child) for name, child in parent._modules.items() if child is not None]
 
 
 def _weight_owners(model: nn.Module) -> dict[int, list[nn.Module]]:
@@ -119,7 +124,7 @@ def find_sparse(model: nn.Module) -> list[Site]:
     """All sparse layers of a model, each once, with every place they hang."""
     sites: dict[int, Site] = {}
     for parent_name, parent in model.named_modules():
-        for attribute, child in parent.named_children():
+        for attribute, child in _children(parent):
             if isinstance(child, (SparseLinear, SparseConv2d)):
                 name = f"{parent_name}.{attribute}" if parent_name else attribute
                 site = sites.setdefault(id(child), Site(name, child, type(child).__name__))

@@ -150,7 +150,7 @@ class TuningCache:
                     if len(times) != 2 or not all(t > 0 for t in times):
                         raise ValueError(f"bad timing {times}")
             return devices
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             warnings.warn(

@@ -1,0 +1,206 @@
+"""Statistics of layer inputs, gathered with forward hooks while calibration data runs.
+
+Layers are pruned stage by stage in the order in which the model calls them, and a stage sees inputs
+that come from the already pruned stages before it. A stage is what shares a name up to the first
+number ("encoder.layer.3", "features.4"), so a transformer goes block by block as in the papers. The
+forward pass ends as soon as the last layer of the stage has its input.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .targets import Layer
+
+CHUNK = 1 << 24  # elements of unfolded input held at a time
+
+
+class _StageDone(Exception):
+    """Ends a forward pass whose remaining layers are not needed."""
+
+
+def read_batches(data) -> list[tuple[tuple, dict]]:
+    """Turn an iterable of calibration data into `(args, kwargs)` for the model, held in memory.
+
+    An item is an input or a pair `(input, target)`, also as the list a DataLoader yields; an input
+    is a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+    Raises:
+        TypeError: `data` is no iterable, or an item is none of these.
+        ValueError: There is no item.
+    """
+    if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
+        got = type(data).__name__
+        raise TypeError(f"prune: expected data to be an iterable of batches, got {got}")
+    batches = [_read_input(item) for item in data]
+    if not batches:
+        raise ValueError("prune: expected data with at least one batch, got none")
+    return batches
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run in eval mode without gradients, and give every module its training flag back."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+class Calibration:
+    """Runs the batches through the model and gathers one statistic per layer of a stage."""
+
+    def __init__(self, model: nn.Module, layers: Sequence[Layer], batches, sequential: bool):
+        """Find the stages with one run of the first batch; `sequential=False` makes one stage."""
+        self.model, self.layers, self.batches = model, layers, batches
+        calls = self._record_calls()
+        self.once = len(calls) == len(layers) == len(set(calls))
+        order = list(dict.fromkeys(calls))
+        order += [i for i in range(len(layers)) if i not in set(calls)]
+        self.stages = _split(order, layers) if sequential else [order]
+
+    def gather(self, stage: Sequence[int], statistic: Callable) -> dict[int, Tensor]:
+        """Sum `statistic(layer, rows)` over all batches for the layers of a stage.
+
+        Args:
+            stage: Indices of layers.
+            statistic: From a layer and its input rows `(groups, T, fan_in)` to a float64 tensor.
+
+        Raises:
+            ValueError: A layer was never called, or its inputs are not finite.
+        """
+        sums: dict[int, Tensor] = {}
+        for args, kwargs in self.batches:
+            waiting, valid = set(stage), _token_mask(kwargs)
+
+            def see(index, inputs, waiting=waiting, valid=valid):
+                for rows in input_rows(self.layers[index], inputs, valid):
+                    part = statistic(self.layers[index], rows)
+                    sums[index] = sums[index].add_(part) if index in sums else part
+                waiting.discard(index)
+                if self.once and not waiting:
+                    raise _StageDone
+
+            self._run(stage, see, args, kwargs)
+        for index in stage:
+            _check_sum(self.layers[index].name, sums.get(index))
+        return sums
+
+    def _record_calls(self) -> list[int]:
+        calls: list[int] = []
+        args, kwargs = self.batches[0]
+        self._run(range(len(self.layers)), lambda index, _: calls.append(index), args, kwargs)
+        return calls
+
+    def _run(self, stage, see: Callable, args, kwargs) -> None:
+        def hook(index):
+            def seen(_, inputs, named):
+                see(index, inputs[0] if inputs else named["input"])
+
+            return seen
+
+        handles = [
+            self.layers[i].module.register_forward_pre_hook(hook(i), with_kwargs=True)
+            for i in stage
+        ]
+        try:
+            with suppress(_StageDone):
+                self.model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def input_rows(layer: Layer, inputs: Tensor, valid: Tensor | None = None) -> Iterator[Tensor]:
+    """Yield the rows a layer multiplies with its flattened weight, in chunks.
+
+    Args:
+        layer: Linear, Conv1D or convolution.
+        inputs: `(..., in)`, or `(batch, in, *size)` for a convolution.
+        valid: Boolean `(batch, length)`; where it has the leading shape of a linear layer's inputs,
+            only its True rows count (padding is no data).
+
+    Yields:
+        `(groups, T, in / groups * kernel positions)`, columns in the order of the weight's own.
+    """
+    if layer.weight.ndim == 2:
+        if valid is not None and inputs.ndim == 3 and valid.shape == inputs.shape[:2]:
+            inputs = inputs[valid.to(inputs.device)]
+        yield inputs.reshape(1, -1, inputs.shape[-1])
+        return
+    if inputs.ndim == layer.weight.ndim - 1:
+        inputs = inputs[None]
+    per_sample = inputs[0].numel() * layer.weight[0, 0].numel()
+    for part in inputs.split(max(1, CHUNK // max(1, per_sample))):
+        yield _unfold(layer.module, part)
+
+
+def _unfold(conv: nn.Module, inputs: Tensor) -> Tensor:
+    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+    windows = F.pad(inputs, conv._reversed_padding_repeated_twice, mode=mode)
+    spatial = len(conv.kernel_size)
+    for axis, (size, step, gap) in enumerate(
+        zip(conv.kernel_size, conv.stride, conv.dilation, strict=True), start=2
+    ):
+        windows = windows.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
+    batch, channels = inputs.shape[:2]
+    windows = windows.reshape(batch, conv.groups, channels // conv.groups, *windows.shape[2:])
+    places = range(3, 3 + spatial)
+    kernel = range(3 + spatial, 3 + 2 * spatial)
+    rows = windows.permute(1, 0, *places, 2, *kernel)
+    return rows.reshape(conv.groups, -1, channels // conv.groups * conv.weight[0, 0].numel())
+
+
+def _read_input(item) -> tuple[tuple, dict]:
+    if isinstance(item, tuple | list):
+        if len(item) not in (1, 2):
+            raise TypeError(
+                "prune: expected each batch to be an input or a pair (input, target), with several "
+                f"inputs as ((a, b), target); got a {type(item).__name__} of {len(item)}"
+            )
+        item = item[0]
+    if isinstance(item, Mapping):
+        return (), dict(item)
+    if isinstance(item, tuple | list):
+        return tuple(item), {}
+    if not isinstance(item, Tensor):
+        got = type(item).__name__
+        raise TypeError(f"prune: expected inputs to be tensors, tuples or dicts, got {got}")
+    return (item,), {}
+
+
+def _split(order: Sequence[int], layers: Sequence[Layer]) -> list[list[int]]:
+    stages: list[list[int]] = []
+    last = None
+    for index in order:
+        name = layers[index].name
+        match = re.match(r"(.*?\.)??\d+(?=\.|$)", name)
+        key = match[0] if match else name
+        if key != last:
+            stages.append([])
+        stages[-1].append(index)
+        last = key
+    return stages
+
+
+def _token_mask(kwargs: Mapping) -> Tensor | None:
+    mask = kwargs.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _check_sum(name: str, total: Tensor | None) -> None:
+    if total is None:
+        raise ValueError(
+            f"prune: expected the calibration data to reach layer {name!r}, got no call of it; "
+            "add the layer to ignore"
+        )
+    if not bool(torch.isfinite(total).all()):
+        raise ValueError(f"prune: expected finite inputs of layer {name!r}, got NaN or Inf")

@@ -1,0 +1,188 @@
+"""Finding the weights to prune: each tied or shared weight once, with every name it goes by."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvTransposeNd as _Transposed
+from torch.nn.parameter import UninitializedTensorMixin
+
+from ..patterns import Pattern
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A prunable weight: the module that holds it, its name, and the other names of the weight."""
+
+    name: str
+    module: nn.Module
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as `(out, in, *kernel)`, sharing memory with the parameter."""
+        weight = self.module.weight.detach()
+        return weight.t() if is_conv1d_of_transformers(self.module) else weight
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution; 1 for a linear layer."""
+        return getattr(self.module, "groups", 1)
+
+
+def is_conv1d_of_transformers(module: nn.Module) -> bool:
+    """True for transformers' `Conv1D`, a linear layer whose weight is `(in, out)`.
+
+    Told by its name, so that transformers need not be imported.
+    """
+    named = any(base.__name__ == "Conv1D" for base in type(module).__mro__)
+    return named and hasattr(module, "nf")
+
+
+def find_layers(model, targets, ignore, pattern: Pattern) -> tuple[list[Layer], dict[str, str]]:
+    """List the weights to prune, all checked, and the layers left out.
+
+    Returns:
+        The layers in module order, and for each left-out name the reason.
+
+    Raises:
+        TypeError: `model`, `targets` or `ignore` of a wrong type.
+        ValueError: No layer left, an `ignore` entry that matches nothing, or a weight that cannot
+            be pruned (on meta, not floating point, NaN or Inf, computed by a parametrization).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"prune: expected a torch.nn.Module, got {type(model).__name__}")
+    kinds = _check_targets(targets)
+    owners = _owners(model)
+    entries = _check_ignore(model, ignore)
+    layers, skipped, seen = [], {}, set()
+    for name, module in model.named_modules():
+        if not _is_target(module, kinds):
+            continue
+        key = _weight_key(name, module)
+        if key in seen:
+            continue
+        seen.add(key)
+        names = [name, *(other for other, _ in owners.get(key, []) if other != name)]
+        reason = _reason_to_skip(name, module, owners.get(key, []), entries, pattern)
+        if reason:
+            skipped[name] = reason
+        else:
+            layers.append(Layer(name, module, tuple(names[1:])))
+    if not layers:
+        raise ValueError(f"prune: expected a model with a prunable layer, got {_why_none(skipped)}")
+    return layers, skipped
+
+
+@contextmanager
+def restored_on_error(layers: Iterable[Layer]) -> Iterator[None]:
+    """Put the weights back if anything fails or the user interrupts (keeps one copy of them)."""
+    before = [(layer.weight, layer.weight.clone()) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for weight, copy in before:
+            weight.copy_(copy)
+        raise
+
+
+def _check_targets(targets) -> tuple[type, ...]:
+    kinds = targets if isinstance(targets, tuple | list) else (targets,)
+    for kind in kinds:
+        known = isinstance(kind, type) and issubclass(kind, (nn.Linear, _ConvNd))
+        if not known or issubclass(kind, _Transposed):
+            got = getattr(kind, "__name__", repr(kind))
+            raise TypeError(
+                f"prune: expected targets to be nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d or "
+                f"subclasses of them, got {got}"
+            )
+    return tuple(kinds)
+
+
+def _is_target(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+    if is_conv1d_of_transformers(module):
+        return any(issubclass(nn.Linear, kind) for kind in kinds)
+    return isinstance(module, kinds)
+
+
+def _weight_key(name: str, module: nn.Module):
+    weight = module._parameters.get("weight")
+    if weight is None:
+        raise ValueError(
+            f"prune: expected layer {name!r} to hold its weight as a plain parameter, got one that "
+            "is computed (a parametrization?); remove that first or ignore the layer"
+        )
+    if isinstance(weight, UninitializedTensorMixin):
+        raise ValueError(f"prune: expected layer {name!r} to be initialized, got a lazy weight")
+    return _memory_key(weight)
+
+
+def _memory_key(weight: Tensor):
+    # Weights can be tied as one parameter or as two parameters over the same memory.
+    if weight.is_meta or weight.numel() == 0:
+        return id(weight)
+    return weight.device, weight.data_ptr(), weight.numel()
+
+
+def _owners(model: nn.Module) -> dict:
+    owners: dict = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter in module._parameters.values():
+            if parameter is not None and not isinstance(parameter, UninitializedTensorMixin):
+                owners.setdefault(_memory_key(parameter), []).append((name, module))
+    return owners
+
+
+def _check_ignore(model: nn.Module, ignore) -> list:
+    entries = list(ignore) if isinstance(ignore, tuple | list | set) else [ignore]
+    modules = list(model.named_modules(remove_duplicate=False))
+    for entry in entries:
+        if not isinstance(entry, str | type):
+            raise TypeError(f"prune: expected ignore to hold names, globs or types, got {entry!r}")
+        if not any(_ignores(entry, name, module) for name, module in modules):
+            raise ValueError(f"prune: expected ignore to match a module, got {entry!r}")
+    return entries
+
+
+def _ignores(entry, name: str, module: nn.Module) -> bool:
+    if isinstance(entry, type):
+        return isinstance(module, entry)
+    return name_matches(entry, name)
+
+
+def name_matches(entry: str, name: str) -> bool:
+    """True if a layer is meant: by its name, by a glob, or by the name of a module around it."""
+    return fnmatchcase(name, entry) or bool(entry and name.startswith(entry + "."))
+
+
+def _reason_to_skip(name, module, owners, entries, pattern) -> str | None:
+    for entry in entries:
+        hit = next((o for o, m in [(name, module), *owners] if _ignores(entry, o, m)), None)
+        if hit is not None:
+            return "ignored" if hit == name else f"shares its weight with {hit!r}, which is ignored"
+    weight = Layer(name, module).weight
+    if weight.numel() == 0:
+        return "has no weights"
+    if reason := pattern.misfit(weight.shape):
+        return f"pattern {pattern} {reason}"
+    _check_values(name, weight)
+    return None
+
+
+def _check_values(name: str, weight: Tensor) -> None:
+    if weight.is_meta:
+        raise ValueError(f"prune: expected the weight of layer {name!r} to hold data, got meta")
+    if not weight.is_floating_point():
+        got = f"{weight.dtype}"
+        raise ValueError(f"prune: expected layer {name!r} to be floating point, got {got}")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"prune: expected finite weights in layer {name!r}, got NaN or Inf")
+
+
+def _why_none(skipped: dict[str, str]) -> str:
+    reasons = "; ".join(f"{name!r} {reason}" for name, reason in skipped.items())
+    return reasons if reasons else "none of the target types"

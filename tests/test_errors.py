@@ -1,0 +1,211 @@
+"""Every message of the native ops, the weights and the layers."""
+
+import pytest
+import torch
+from samples import csr_of, random_weight
+
+import sparsekern as sk
+from sparsekern._load import _C
+from sparsekern.ops.conv import csr_conv2d, csr_conv2d_grad_input, csr_conv2d_grad_values
+from sparsekern.ops.csr import (
+    csr_linear,
+    csr_linear_grad_input,
+    csr_linear_grad_values,
+    csr_plan,
+)
+
+native = pytest.mark.skipif(_C is None, reason="tests the messages of the compiled ops")
+
+
+def parts(rows=4, cols=6):
+    values, crow, col = csr_of(random_weight(rows, cols, 0.3).float())
+    return values, crow, col
+
+
+def changed(t, index, value):
+    t = t.clone()
+    t[index] = value
+    return t
+
+
+def refuses(message, function, *arguments):
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        function(*arguments)
+
+
+@native
+def test_linear_arguments():
+    v, r, c = parts()
+    x = torch.randn(3, 6)
+    dtypes = "x of dtype float32 or bfloat16 or float64, got int8"
+    refuses(f"csr_linear: expected {dtypes}", csr_linear, x.to(torch.int8), v, r, c)
+    refuses("got float16", csr_linear, x.half(), v, r, c)
+    same = r"values of the dtype of x \(float32\), got float64"
+    refuses(f"csr_linear: expected {same}", csr_linear, x, v.double(), r, c)
+    refuses("expected values with 1 dimensions, got shape", csr_linear, x, v[None], r, c)
+    refuses(r"crow of dtype int32, got int64", csr_linear, x, v, r.long(), c)
+    refuses("col with 1 dimensions, got shape", csr_linear, x, v, r, c[None])
+    refuses(r"crow of shape \(rows \+ 1,\), got \(0,\)", csr_linear, x, v, r[:0], c)
+    refuses(r"col.size\(0\) = values.size\(0\) = \d+, got", csr_linear, x, v, r, c[:-1])
+    refuses("x of shape .*in_features.*, got a scalar", csr_linear, torch.tensor(1.0), v, r, c)
+    bias = r"bias.size\(0\) = out_features = 4, got 5"
+    refuses(bias, csr_linear, x, v, r, c, torch.zeros(5))
+    refuses("bias of the dtype of x", csr_linear, x, v, r, c, torch.zeros(4).double())
+    acts = "activation to be none, relu, gelu or gelu_tanh, got 'swish'"
+    refuses(acts, csr_linear, x, v, r, c, None, None, None, "swish")
+
+
+@native
+def test_indices_that_are_no_csr():
+    v, r, c = parts()
+    x = torch.randn(3, 6)
+    nnz = v.numel()
+    bad = "crow to start at 0 and end at nnz = {}, got start {}, end {}"
+    refuses(bad.format(nnz, 1, nnz), csr_linear, x, v, changed(r, 0, 1), c)
+    refuses(bad.format(nnz, 0, nnz + 7), csr_linear, x, v, changed(r, -1, nnz + 7), c)
+    refuses("crow to be non-decreasing, got", csr_linear, x, v, changed(r, 1, nnz + 3), c)
+    refuses("crow to be non-decreasing, got", csr_linear, x, v, changed(r, 2, -5), c)
+    rising = r"col to rise strictly inside each row and stay in \[0, 6\), got col\[0\] = {}"
+    refuses(rising.format(-1), csr_linear, x, v, r, changed(c, 0, -1))
+    refuses(rising.format(6), csr_linear, x, v, r, changed(c, 0, 6))
+    refuses("col to rise strictly", csr_linear, x, v, r, changed(c, 1, int(c[0])))
+    refuses("stay in", csr_linear, x[:, :2].contiguous(), v, r, c)
+
+
+@native
+def test_plans_of_another_pattern():
+    v, r, c = parts()
+    x = torch.randn(3, 6)
+    other = csr_plan(*csr_of(random_weight(9, 6, 0.3))[1:], 6)
+    plan = csr_plan(r, c, 6)
+    wrong = "plan made by csr_plan for this pattern, got a plan of another pattern"
+    refuses(wrong, csr_linear, x, v, r, c, None, other)
+    refuses(wrong, csr_linear, x, v, r, c, None, plan[:-1])
+    refuses(wrong, csr_linear, x, v, r, c, None, plan[:5])
+    refuses("plan of dtype int32, got float32", csr_linear, x, v, r, c, None, plan.float())
+    narrow = r"x.size\(-1\) = in_features = 6, got 5"
+    refuses(narrow, csr_linear, torch.randn(3, 5), v, r, c, None, plan)
+    wrong = r"plan_t made by csr_plan\(transpose=True\)"
+    refuses(wrong, csr_linear_grad_input, torch.randn(3, 4), v, r, c, plan, 6)
+    refuses("cols >= 0, got -1", csr_plan, r, c, -1)
+    refuses("groups and taps >= 1, got 0", csr_plan, r, c, 6, 0)
+    refuses("rows divisible by groups = 3, got 4", csr_plan, r, c, 6, 3)
+    refuses("cols divisible by taps = 4, got 6", csr_plan, r, c, 6, 1, 4)
+    refuses("at most 2\\^31 - 1 columns", csr_plan, r, c, 2**31)
+
+
+@native
+def test_gradient_arguments():
+    v, r, c = parts()
+    x, g = torch.randn(3, 6), torch.randn(3, 4)
+    out = r"grad.size\(-1\) = out_features = 4, got 5"
+    refuses(out, csr_linear_grad_input, torch.randn(3, 5), v, r, c, None, 6)
+    refuses(out, csr_linear_grad_values, torch.randn(3, 5), x, r, c, None)
+    refuses("grad of the dtype of x", csr_linear_grad_values, g.double(), x, r, c, None)
+    refuses("tokens of grad = tokens of x = 3, got 2", csr_linear_grad_values, g[:2], x, r, c, None)
+
+
+@native
+def test_conv_arguments():
+    v, r, c = parts(4, 18)  # 2 channels, 3x3
+    x = torch.randn(1, 2, 5, 5)
+    one, none = [1, 1], [0, 0]
+
+    def conv(x=x, kernel=(3, 3), stride=one, padding=none, dilation=one, groups=1, bias=None):
+        geometry = [list(a) for a in (kernel, stride, padding, dilation)]
+        return csr_conv2d(x, v, r, c, bias, None, None, *geometry, groups)
+
+    assert conv().shape == (1, 4, 3, 3)
+    refuses("csr_conv2d: expected x with 4 dimensions, got shape", lambda: conv(x[0]))
+    refuses(r"kernel_size of two integers >= 1, got \(3\)", lambda: conv(kernel=[3]))
+    refuses(r"stride of two integers >= 1, got \(0, 1\)", lambda: conv(stride=[0, 1]))
+    refuses(r"padding of two integers >= 0, got \(-1, 0\)", lambda: conv(padding=[-1, 0]))
+    refuses(r"dilation of two integers >= 1", lambda: conv(dilation=[1, 0]))
+    refuses(
+        "groups that divide in_channels = 2 and out_channels = 4, got 3", lambda: conv(groups=3)
+    )
+    large = "an input at least as large as the kernel, got input size 5 with kernel_size 7"
+    refuses(large, lambda: conv(kernel=[7, 7]))
+    refuses(r"bias.size\(0\) = out_channels = 4, got 2", lambda: conv(bias=torch.zeros(2)))
+    refuses("stay in", lambda: conv(kernel=[2, 2]))
+    geometry = ([3, 3], one, none, one, 1)
+    g = torch.randn(1, 4, 4, 4)
+    height = r"grad.size\(2\) = output height = 3, got 4"
+    refuses(height, csr_conv2d_grad_values, g, x, r, c, None, *geometry)
+    refuses(height, csr_conv2d_grad_input, g, v, r, c, None, 2, 5, 5, *geometry)
+    g = torch.randn(1, 5, 3, 3)
+    channels = r"grad.size\(1\) = out_channels = 4, got 5"
+    refuses(channels, csr_conv2d_grad_values, g, x, r, c, None, *geometry)
+
+
+def test_isa_names():
+    if _C is not None:
+        refuses("set_cpu_isa: expected one of scalar.*, got 'mmx'", _C.set_cpu_isa, "mmx")
+
+
+def weight(values=None, crow=None, col=None, shape=(4, 6)):
+    v, r, c = parts()
+    return sk.CSRWeight.from_parts(
+        v if values is None else values(v),
+        r if crow is None else crow(r),
+        c if col is None else col(c),
+        shape,
+    )
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("a shape of 2 or 4 dimensions, got \\(4, 6, 1\\)", {"shape": (4, 6, 1)}),
+        ("sizes below 2\\^31, got", {"shape": (4, 2**31)}),
+        ("values \\(nnz,\\) in floating point, got torch.int32", {"values": lambda v: v.int()}),
+        ("crow int32 with one dimension, got torch.int64", {"crow": lambda r: r.long()}),
+        ("col int32 with one dimension", {"col": lambda c: c[None]}),
+        ("crow of 5 entries \\(out \\+ 1\\), got 4", {"crow": lambda r: r[:-1]}),
+        ("col of \\d+ entries like values, got", {"col": lambda c: c[:-1]}),
+        ("crow from 0 to nnz = \\d+, got from 2", {"crow": lambda r: changed(r, 0, 2)}),
+        ("crow that never falls, got 1 falling", {"crow": lambda r: changed(r, 1, int(r[2]) + 1)}),
+        ("columns in \\[0, 6\\), got", {"col": lambda c: changed(c, 0, 99)}),
+        ("rise strictly inside each row, got 1", {"col": lambda c: changed(c, 1, int(c[0]))}),
+    ],
+)
+def test_weight_parts(message, change):
+    weight()
+    refuses(f"CSRWeight: expected .*{message}", lambda: weight(**change))
+
+
+def test_weight_from_dense():
+    build = sk.CSRWeight.from_dense
+    refuses("a weight of 2 or 4 dimensions, got", build, torch.randn(3))
+    refuses("a floating point weight, got torch.int64", build, torch.ones(2, 2, dtype=torch.long))
+    refuses("a boolean mask, got torch.float32", build, torch.ones(2, 2), torch.ones(2, 2))
+    refuses("got one on the meta device", build, torch.ones(2, 2, device="meta"))
+    refuses("fewer than 2\\^31 weights", build, torch.ones(1).expand(2**16, 2**16))
+
+
+def test_layers():
+    refuses(
+        "SparseLinear: expected in_features to be a positive integer, got 0", sk.SparseLinear, 0, 4
+    )
+    refuses("out_features to be a positive integer, got 2.5", sk.SparseLinear, 4, 2.5)
+    acts = "SparseLinear: expected activation to be one of none, relu, gelu, gelu_tanh, got 'tanh'"
+    refuses(acts, lambda: sk.SparseLinear(4, 4, activation="tanh"))
+    refuses("sparsity", lambda: sk.SparseLinear(4, 4, sparsity=1.2))
+    refuses("pattern", lambda: sk.SparseLinear(4, 4, pattern="blocky:3"))
+    need = "SparseLinear.from_dense: expected sparsity= with pattern block:2x2, got none"
+    refuses(need, lambda: sk.SparseLinear.from_dense(torch.nn.Linear(4, 4), pattern="block:2x2"))
+    layer = sk.SparseLinear(6, 4, sparsity=0.5)
+    refuses(r"csr_linear: expected x.size\(-1\) = in_features = 6, got 7", layer, torch.randn(2, 7))
+    conv = sk.SparseConv2d(4, 4, 3, sparsity=0.5)
+    refuses("SparseConv2d: expected x with 4 channels, got 3", conv, torch.randn(1, 3, 8, 8))
+
+
+def test_state_dict_with_hostile_indices():
+    layer = sk.SparseLinear(6, 4, sparsity=0.5)
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    bad = dict(before)
+    bad["weight.col"] = changed(bad["weight.col"], 0, 1000)
+    refuses(r"weight: CSRWeight: expected columns in \[0, 6\), got", layer.load_state_dict, bad)
+    for key, value in layer.state_dict().items():
+        if key.startswith("weight"):
+            assert torch.equal(value, before[key])

@@ -1,0 +1,239 @@
+"""Every op on every sample: against float64, in every instruction set, dtype and mode."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import SAMPLES, csr_of, random_weight
+
+import sparsekern as sk
+from sparsekern.ops import conv, csr
+
+OPS = {"csr_linear": csr.csr_linear, "csr_conv2d": conv.csr_conv2d}
+REFERENCES = {"csr_linear": csr._linear_reference, "csr_conv2d": conv._conv_reference}
+EPSILON = {torch.float64: 1e-15, torch.float32: 1.2e-7, torch.bfloat16: 8e-3}
+
+cases = [
+    pytest.param(name, sample, id=f"{name}-{sample.id}")
+    for name, samples in SAMPLES.items()
+    for sample in samples
+]
+small = [
+    case for case in cases if sum(a.numel() for a in case.values[1].build(torch.float64)[:2]) < 2500
+]
+
+
+def with_grads(arguments, positions):
+    return [
+        a.detach().clone().requires_grad_() if i in positions else a
+        for i, a in enumerate(arguments)
+    ]
+
+
+def run(function, arguments, positions, grad):
+    """Output and gradients."""
+    arguments = with_grads(arguments, positions)
+    y = function(*arguments)
+    grads = torch.autograd.grad(y, [arguments[i] for i in positions], grad.to(y.dtype))
+    return [y.detach(), *grads]
+
+
+def check_close(got, want, dtype, terms):
+    assert got.shape == want.shape
+    if not got.numel():
+        return
+    scale = max(float(want.abs().max()), 1e-30)
+    # Rounding errors of a sum of n terms grow like sqrt(n); the result is rounded once more.
+    tolerance = 8 * EPSILON[torch.float32 if dtype == torch.bfloat16 else dtype] * math.sqrt(terms)
+    if dtype == torch.bfloat16:
+        tolerance += 2 * EPSILON[dtype]
+    # erf and exp are polynomials of about 1e-6
+    assert float((got.double() - want).abs().max()) <= scale * (tolerance + 2e-7), (dtype, terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("name", "sample"), cases)
+def test_matches_float64(name, sample, dtype, isa):
+    arguments = sample.build(dtype)
+    exact = [
+        a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
+        for a in arguments
+    ]
+    grad = torch.randn_like(REFERENCES[name](*exact)).to(dtype).double()
+    got = run(OPS[name], arguments, sample.grads, grad)
+    want = run(REFERENCES[name], exact, sample.grads, grad)
+    tokens = max(1, grad.numel() // max(1, grad.shape[1 if name == "csr_conv2d" else -1]))
+    for part, (g, w) in enumerate(zip(got, want, strict=True)):
+        assert g.dtype == dtype
+        terms = sample.nnz_per_row if part == 0 else max(tokens, sample.nnz_per_row)
+        # gelu's gradient goes through torch's own bfloat16 gelu_backward
+        slack = 4 if dtype == torch.bfloat16 and "gelu" in sample.id else 1
+        check_close(g, w, dtype, terms * slack * slack)
+
+
+@pytest.mark.parametrize(("name", "sample"), small)
+def test_gradcheck(name, sample):
+    arguments = with_grads(sample.build(torch.float64), sample.grads)
+    if arguments[0].numel():
+        assert torch.autograd.gradcheck(OPS[name], tuple(arguments), fast_mode=True)
+
+
+@pytest.mark.parametrize("grads", [True, False], ids=["grad", "nograd"])
+@pytest.mark.parametrize(("name", "sample"), small)
+def test_opcheck(name, sample, grads):
+    arguments = sample.build(torch.float32)
+    if grads:
+        arguments = with_grads(arguments, sample.grads)
+    torch.library.opcheck(OPS[name], tuple(arguments))
+
+
+def test_opcheck_of_the_gradient_ops():
+    x, values, crow, col, _, plan, plan_t, _ = SAMPLES["csr_linear"][6].build(torch.float32)
+    grad = torch.randn(17, 65)
+    torch.library.opcheck(csr.csr_linear_grad_input, (grad, values, crow, col, plan_t, 129))
+    torch.library.opcheck(csr.csr_linear_grad_values, (grad, x, crow, col, plan))
+    torch.library.opcheck(csr.csr_plan, (crow, col, 129, 1, 1, False))
+    x, values, crow, col, _, plan, plan_t, *geometry, _ = SAMPLES["csr_conv2d"][1].build(
+        torch.float32
+    )
+    grad = torch.randn(1, 6, 5, 6)
+    size = (4, 9, 11)
+    torch.library.opcheck(
+        conv.csr_conv2d_grad_input, (grad, values, crow, col, plan_t, *size, *geometry)
+    )
+    torch.library.opcheck(conv.csr_conv2d_grad_values, (grad, x, crow, col, plan, *geometry))
+
+
+@pytest.mark.parametrize("index", [6, 10])
+def test_compile_fullgraph_with_dynamic_tokens(index):
+    sample = SAMPLES["csr_linear"][index]
+    _, values, crow, col, bias, plan, plan_t, act = sample.build(torch.float32)
+
+    def layer(x):
+        return csr.csr_linear(x, values, crow, col, bias, plan, plan_t, act) * 2
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    cols = sample.build(torch.float32)[0].shape[-1]
+    for tokens in (5, 33, 1, 0):
+        x = torch.randn(tokens, cols)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_compile_gradients():
+    sample = SAMPLES["csr_conv2d"][1]
+    arguments = sample.build(torch.float32)
+    compiled = torch.compile(lambda *a: conv.csr_conv2d(*a), fullgraph=True)
+    grad = torch.randn_like(conv.csr_conv2d(*arguments))
+    for got, want in zip(
+        run(compiled, arguments, sample.grads, grad),
+        run(conv.csr_conv2d, arguments, sample.grads, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want)
+
+
+def test_non_contiguous_inputs(isa):
+    x, values, crow, col, bias, plan, plan_t, act = SAMPLES["csr_linear"][6].build(torch.float32)
+    want = csr.csr_linear(x, values, crow, col, bias, plan, plan_t, act)
+    strided = torch.randn(*x.shape[:-1], 2 * x.shape[-1])[..., ::2].copy_(x)
+    wide = values.repeat_interleave(2)[::2]
+    got = csr.csr_linear(strided, wide, crow, col, bias, plan, plan_t, act)
+    torch.testing.assert_close(got, want)
+    transposed = x.t().contiguous().t()
+    torch.testing.assert_close(
+        csr.csr_linear(transposed, values, crow, col, bias, plan, plan_t, act), want
+    )
+    arguments = SAMPLES["csr_conv2d"][0].build(torch.float32)
+    last = arguments[0].contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(conv.csr_conv2d(last, *arguments[1:]), conv.csr_conv2d(*arguments))
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_nan_and_inf_spread_where_a_weight_is_stored(tokens, isa):
+    weight = torch.zeros(3, 40)
+    weight[0, 5], weight[1, 6] = 2.0, 3.0
+    values, crow, col = csr_of(weight)
+    x = torch.ones(tokens, 40)
+    x[0, 5], x[0, 6] = math.nan, math.inf
+    for act in ("none", "relu"):
+        y = csr.csr_linear(x, values, crow, col, None, None, None, act)[0]
+        # Unlike dense, where 0 * inf is NaN, a weight that is not stored touches nothing.
+        assert math.isnan(y[0]) and y[1] == math.inf and y[2] == 0
+
+
+def test_results_do_not_depend_on_the_number_of_threads(isa):
+    values, crow, col = csr_of(random_weight(96, 80, 0.5).float())
+    x = torch.randn(300, 80)
+    before = torch.get_num_threads()
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(csr.csr_linear(x, values, crow, col))
+    torch.set_num_threads(before)
+    for y in results[1:]:
+        torch.testing.assert_close(y, results[0])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(0, 140),
+    cols=st.integers(1, 150),
+    rows=st.integers(1, 60),
+    sparsity=st.sampled_from([0.0, 0.3, 0.8, 0.95, 1.0]),
+    kind=st.sampled_from(["uniform", "skewed"]),
+)
+def test_linear_property(tokens, cols, rows, sparsity, kind):
+    weight = random_weight(rows, cols, sparsity, kind)
+    values, crow, col = csr_of(weight.float())
+    x = torch.randn(tokens, cols)
+    y = csr.csr_linear(x, values, crow, col)
+    want = x.double() @ weight.float().double().t()
+    check_close(y, want, torch.float32, cols)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.tuples(st.integers(3, 40), st.integers(3, 40)),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    padding=st.integers(0, 3),
+    dilation=st.integers(1, 2),
+    groups=st.sampled_from([1, 2]),
+)
+def test_conv_property(size, kernel, stride, padding, dilation, groups):
+    if any(n + 2 * padding < dilation * (kernel - 1) + 1 for n in size):
+        return
+    dense = torch.randn(6, 4 // groups, kernel, kernel)
+    dense = dense * (torch.rand_like(dense) > 0.5)
+    values, crow, col = csr_of(dense.flatten(1))
+    x = torch.randn(2, 4, *size, requires_grad=True)
+    pairs = [[v, v] for v in (kernel, stride, padding, dilation)]
+    y = conv.csr_conv2d(x, values, crow, col, None, None, None, *pairs, groups)
+    want = torch.nn.functional.conv2d(
+        x.double(), dense.double(), None, stride, padding, dilation, groups
+    )
+    check_close(y.detach(), want.detach(), torch.float32, 36)
+    grad = torch.randn_like(y)
+    (got,) = torch.autograd.grad(y, x, grad)
+    (exact,) = torch.autograd.grad(want, x, grad.double())
+    check_close(got, exact.double(), torch.float32, 54)
+
+
+def test_import_stays_light():
+    """No CUDA start and no heavy optional library on import."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, torch; before = set(sys.modules); import sparsekern; "
+        "heavy = {'matplotlib', 'transformers', 'rich', 'jinja2', 'triton', 'pandas'}; "
+        "print(sorted((set(sys.modules) - before) & heavy), torch.cuda.is_initialized())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[] False"
+
+
+def test_isa_is_the_best_available():
+    assert sk.cpu_isa() == sk.available_isas()[-1]
