@@ -4,20 +4,85 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "driver.h"
+#include "planes.h"
 #include "reference.h"
 
 namespace sparsekern {
 namespace {
 
 struct Conv {
-  int64_t images, in_channels, height, width, out_channels, out_h, out_w, kernel_h, kernel_w, groups;
-  std::vector<Tap> forward_y, forward_x, backward_y, backward_x;
+  int64_t images, in_channels, height, width, out_channels, out_h, out_w, kernel_h, kernel_w,
+      groups;
+  std::vector<int64_t> stride, padding, dilation;
   int64_t taps() const { return kernel_h * kernel_w; }
   int64_t in_per_group() const { return in_channels / groups; }
   int64_t out_per_group() const { return out_channels / groups; }
+  Axis forward_y() const {
+    return forward_axis(height, out_h, kernel_h, stride[0], padding[0], dilation[0]);
+  }
+  Axis forward_x() const {
+    return forward_axis(width, out_w, kernel_w, stride[1], padding[1], dilation[1]);
+  }
+  Axis backward_y() const {
+    return backward_axis(out_h, height, kernel_h, stride[0], padding[0], dilation[0]);
+  }
+  Axis backward_x() const {
+    return backward_axis(out_w, width, kernel_w, stride[1], padding[1], dilation[1]);
+  }
 };
 
-void check_pair(const std::string& op, const char* name, const std::vector<int64_t>& v, int64_t least) {
+// The taps of both directions for the float64 reference. Forward: output position p reads
+// p * stride + tap * dilation - padding. The input gradient walks back: input position p takes from
+// (p + padding - tap * dilation) / stride where that is whole.
+std::vector<Tap> forward_taps(const Conv& c, int axis) {
+  std::vector<Tap> taps;
+  for (int64_t k = 0; k < (axis ? c.kernel_w : c.kernel_h); ++k)
+    taps.push_back({c.stride[axis], k * c.dilation[axis] - c.padding[axis], 1});
+  return taps;
+}
+std::vector<Tap> backward_taps(const Conv& c, int axis) {
+  std::vector<Tap> taps;
+  for (int64_t k = 0; k < (axis ? c.kernel_w : c.kernel_h); ++k)
+    taps.push_back({1, c.padding[axis] - k * c.dilation[axis], c.stride[axis]});
+  return taps;
+}
+
+// The padded planes of an image. `source` points into the layout held here and into scratch of the
+// calling thread or, where nothing needs padding, into the image itself.
+struct Planes {
+  PlaneLayout layout;
+  ImageSource source;
+};
+
+// A vector read at the end of the last plane must stay inside the buffer.
+constexpr int64_t kSlack = 16;
+
+void make_planes(const Tensor& image, int64_t images, int64_t channels, const Axis& y,
+                 const Axis& x, ScratchSlot slot, Planes* p) {
+  p->layout = plane_layout(y, x);
+  const bool plain = is_plain(y, x);
+  const int64_t taps = static_cast<int64_t>(p->layout.tap_offset.size());
+  const PlaneLayout& l = p->layout;
+  const float* src = image.const_data_ptr<float>();
+  const int64_t floats = images * channels * l.plane_size;
+  float* dst = plain ? nullptr : thread_scratch(slot, floats + kSlack);
+  p->source = {plain ? src : dst,   channels, l.plane_size, l.pitch, 0, taps,
+               l.tap_offset.data(), y.out,    x.out,        !plain};
+  if (plain) {  // rows of the grid follow each other without a gap: one long row
+    p->source.out_w = y.out * x.out;
+    p->source.out_h = 1;
+    return;
+  }
+  std::fill_n(dst + floats, kSlack, 0.f);
+  const int64_t grain = std::max<int64_t>(1, 100000 / std::max<int64_t>(1, l.plane_size));
+  torch::stable::parallel_for(0, images * channels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      fill_plane(src + i * y.size * x.size, y, x, l, dst + i * l.plane_size);
+  });
+}
+
+void check_pair(const std::string& op, const char* name, const std::vector<int64_t>& v,
+                int64_t least) {
   if (v.size() != 2 || v[0] < least || v[1] < least) {
     std::string have;
     for (int64_t i : v) have += (have.empty() ? "" : ", ") + std::to_string(i);
@@ -25,47 +90,28 @@ void check_pair(const std::string& op, const char* name, const std::vector<int64
   }
 }
 
-// Forward: output position p reads p * stride + tap * dilation - padding. The input gradient walks
-// back: input position p takes from (p + padding - tap * dilation) / stride where that is whole.
-std::vector<Tap> forward_taps(int64_t n, int64_t stride, int64_t padding, int64_t dilation) {
-  std::vector<Tap> taps;
-  for (int64_t k = 0; k < n; ++k) taps.push_back({stride, k * dilation - padding, 1});
-  return taps;
-}
-std::vector<Tap> backward_taps(int64_t n, int64_t stride, int64_t padding, int64_t dilation) {
-  std::vector<Tap> taps;
-  for (int64_t k = 0; k < n; ++k) taps.push_back({1, padding - k * dilation, stride});
-  return taps;
-}
-
-Conv make_conv(const std::string& op, int64_t images, int64_t in_channels, int64_t height, int64_t width,
-               int64_t rows, const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
-               const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-               int64_t groups) {
+Conv make_conv(const std::string& op, int64_t images, int64_t in_channels, int64_t height,
+               int64_t width, int64_t rows, const std::vector<int64_t>& kernel,
+               const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+               const std::vector<int64_t>& dilation, int64_t groups) {
   check_pair(op, "kernel_size", kernel, 1);
   check_pair(op, "stride", stride, 1);
   check_pair(op, "padding", padding, 0);
   check_pair(op, "dilation", dilation, 1);
   if (groups < 1 || in_channels % groups || rows % groups)
-    fail(op, "groups that divide in_channels = " + std::to_string(in_channels) +
-                 " and out_channels = " + std::to_string(rows), std::to_string(groups));
+    fail(op,
+         "groups that divide in_channels = " + std::to_string(in_channels) +
+             " and out_channels = " + std::to_string(rows),
+         std::to_string(groups));
   const auto size = [&](int64_t n, int i) {
     const int64_t span = n + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
     if (span < 0)
-      fail(op, "an input at least as large as the kernel", "input size " + std::to_string(n) +
-               " with kernel_size " + std::to_string(kernel[i]));
+      fail(op, "an input at least as large as the kernel",
+           "input size " + std::to_string(n) + " with kernel_size " + std::to_string(kernel[i]));
     return span / stride[i] + 1;
   };
-  return {images, in_channels, height, width, rows, size(height, 0), size(width, 1), kernel[0],
-          kernel[1], groups, forward_taps(kernel[0], stride[0], padding[0], dilation[0]),
-          forward_taps(kernel[1], stride[1], padding[1], dilation[1]),
-          backward_taps(kernel[0], stride[0], padding[0], dilation[0]),
-          backward_taps(kernel[1], stride[1], padding[1], dilation[1])};
-}
-
-ImageSource input_source(const Conv& c, const float* x) {
-  return {x, c.in_channels, c.height, c.width, 0, c.kernel_h, c.kernel_w, c.out_h, c.out_w,
-          c.forward_y.data(), c.forward_x.data()};
+  return {images,    in_channels, height, width,  rows,    size(height, 0), size(width, 1),
+          kernel[0], kernel[1],   groups, stride, padding, dilation};
 }
 
 Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& col,
@@ -81,7 +127,8 @@ Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& crow,
   const Activation act = parse_activation(op, activation);
   const Conv c = make_conv(op, x.size(0), x.size(1), x.size(2), x.size(3), crow.numel() - 1, kernel,
                            stride, padding, dilation, groups);
-  const Pattern p = check_pattern(op, crow, col, values.numel(), c.in_per_group() * c.taps(), groups, c.taps());
+  const Pattern p =
+      check_pattern(op, crow, col, values.numel(), c.in_per_group() * c.taps(), groups, c.taps());
   if (bias) {
     check_operand(op, "bias", *bias, x);
     check_size(op, "bias.size(0) = out_channels", bias->numel(), p.rows);
@@ -94,22 +141,30 @@ Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& crow,
   const Tensor y = empty_tensor({c.images, p.rows, c.out_h, c.out_w}, type);
   const int64_t pixels = c.out_h * c.out_w, tokens = c.images * pixels;
   Sink sink{nullptr, false, p.rows, 0, pixels};
-  ImageSource image = input_source(c, nullptr);
   if (type == ScalarType::Double) {
-    for (int64_t g = 0; g < groups; ++g) {
-      image.channel0 = g * c.in_per_group();
-      spmm_reference(p.crow_data(), p.col_data(), vc.const_data_ptr<double>(),
-                     bc ? bc->const_data_ptr<double>() : nullptr, act, {nullptr, &image},
-                     xc.const_data_ptr<double>(), sink, y.mutable_data_ptr<double>(),
-                     g * c.out_per_group(), (g + 1) * c.out_per_group(), tokens);
-    }
+    const std::vector<Tap> ty = forward_taps(c, 0), tx = forward_taps(c, 1);
+    for (int64_t g = 0; g < groups; ++g)
+      spmm_reference(
+          p.crow_data(), p.col_data(), vc.const_data_ptr<double>(),
+          bc ? bc->const_data_ptr<double>() : nullptr, act,
+          {xc.const_data_ptr<double>(), 0, c.in_channels, c.height, c.width, g * c.in_per_group(),
+           c.kernel_h, c.kernel_w, c.out_h, c.out_w, ty.data(), tx.data()},
+          sink, y.mutable_data_ptr<double>(), g * c.out_per_group(), (g + 1) * c.out_per_group(),
+          tokens);
     return y;
   }
-  image.data = xc.const_data_ptr<float>();
+  Planes planes;
+  make_planes(xc, c.images, c.in_channels, c.forward_y(), c.forward_x(), kPlanes, &planes);
   sink.data = y.mutable_data_ptr<float>();
-  run_spmm(holder.view, {vc.const_data_ptr<float>(), p.col_data(),
-                         bc ? bc->const_data_ptr<float>() : nullptr, act, {nullptr, &image}, sink,
-                         tokens, groups, c.in_per_group()});
+  run_spmm(holder.view, {vc.const_data_ptr<float>(),
+                         p.col_data(),
+                         bc ? bc->const_data_ptr<float>() : nullptr,
+                         act,
+                         {nullptr, &planes.source},
+                         sink,
+                         tokens,
+                         groups,
+                         c.in_per_group()});
   return to_dtype(y, x.scalar_type());
 }
 
@@ -124,16 +179,18 @@ void check_grad(const std::string& op, const Tensor& grad, const Conv& c) {
 Tensor csr_conv2d_grad_input_cpu(const Tensor& grad, const Tensor& values, const Tensor& crow,
                                  const Tensor& col, const std::optional<Tensor>& plan_t,
                                  int64_t in_channels, int64_t height, int64_t width,
-                                 const std::vector<int64_t> kernel, const std::vector<int64_t> stride,
+                                 const std::vector<int64_t> kernel,
+                                 const std::vector<int64_t> stride,
                                  const std::vector<int64_t> padding,
                                  const std::vector<int64_t> dilation, int64_t groups) {
   const std::string op = "csr_conv2d_grad_input";
   check_operand(op, "grad", grad, grad);
   check_operand(op, "values", values, grad);
-  const Conv c = make_conv(op, grad.size(0), in_channels, height, width, crow.numel() - 1, kernel, stride,
-                           padding, dilation, groups);
+  const Conv c = make_conv(op, grad.size(0), in_channels, height, width, crow.numel() - 1, kernel,
+                           stride, padding, dilation, groups);
   check_grad(op, grad, c);
-  const Pattern p = check_pattern(op, crow, col, values.numel(), c.in_per_group() * c.taps(), groups, c.taps());
+  const Pattern p =
+      check_pattern(op, crow, col, values.numel(), c.in_per_group() * c.taps(), groups, c.taps());
   const TransposedHolder holder = get_transposed(op, p, plan_t);
   const Transposed& t = holder.view;
   const ScalarType type = compute_type(grad);
@@ -141,31 +198,41 @@ Tensor csr_conv2d_grad_input_cpu(const Tensor& grad, const Tensor& values, const
   const Tensor out = empty_tensor({c.images, in_channels, height, width}, type);
   const Tensor vt = empty_tensor({p.nnz}, type);
   const int64_t pixels = height * width, tokens = c.images * pixels;
-  ImageSource image{nullptr, c.out_channels, c.out_h, c.out_w, 0, c.kernel_h, c.kernel_w, height, width,
-                    c.backward_y.data(), c.backward_x.data()};
   Sink sink{nullptr, false, in_channels, 0, pixels};
   if (type == ScalarType::Double) {
     const double* v = vc.const_data_ptr<double>();
     double* w = vt.mutable_data_ptr<double>();
     for (int64_t i = 0; i < p.nnz; ++i) w[i] = v[t.perm[i]];
-    for (int64_t g = 0; g < groups; ++g) {
-      image.channel0 = g * c.out_per_group();
-      spmm_reference(t.crow, t.col, w, nullptr, kNone, {nullptr, &image}, gc.const_data_ptr<double>(), sink,
-                     out.mutable_data_ptr<double>(), g * c.in_per_group(), (g + 1) * c.in_per_group(), tokens);
-    }
+    const std::vector<Tap> ty = backward_taps(c, 0), tx = backward_taps(c, 1);
+    for (int64_t g = 0; g < groups; ++g)
+      spmm_reference(
+          t.crow, t.col, w, nullptr, kNone,
+          {gc.const_data_ptr<double>(), 0, c.out_channels, c.out_h, c.out_w, g * c.out_per_group(),
+           c.kernel_h, c.kernel_w, height, width, ty.data(), tx.data()},
+          sink, out.mutable_data_ptr<double>(), g * c.in_per_group(), (g + 1) * c.in_per_group(),
+          tokens);
     return out;
   }
   permute_values(vc.const_data_ptr<float>(), t.perm, p.nnz, vt.mutable_data_ptr<float>());
-  image.data = gc.const_data_ptr<float>();
+  Planes planes;
+  make_planes(gc, c.images, c.out_channels, c.backward_y(), c.backward_x(), kPlanes, &planes);
   sink.data = out.mutable_data_ptr<float>();
-  run_spmm(t.plan, {vt.const_data_ptr<float>(), t.col, nullptr, kNone, {nullptr, &image}, sink, tokens,
-                    groups, c.out_per_group()});
+  run_spmm(t.plan, {vt.const_data_ptr<float>(),
+                    t.col,
+                    nullptr,
+                    kNone,
+                    {nullptr, &planes.source},
+                    sink,
+                    tokens,
+                    groups,
+                    c.out_per_group()});
   return to_dtype(out, grad.scalar_type());
 }
 
 Tensor csr_conv2d_grad_values_cpu(const Tensor& grad, const Tensor& x, const Tensor& crow,
                                   const Tensor& col, const std::optional<Tensor>& plan,
-                                  const std::vector<int64_t> kernel, const std::vector<int64_t> stride,
+                                  const std::vector<int64_t> kernel,
+                                  const std::vector<int64_t> stride,
                                   const std::vector<int64_t> padding,
                                   const std::vector<int64_t> dilation, int64_t groups) {
   const std::string op = "csr_conv2d_grad_values";
@@ -175,30 +242,41 @@ Tensor csr_conv2d_grad_values_cpu(const Tensor& grad, const Tensor& x, const Ten
   const Conv c = make_conv(op, x.size(0), x.size(1), x.size(2), x.size(3), crow.numel() - 1, kernel,
                            stride, padding, dilation, groups);
   check_grad(op, grad, c);
-  const Pattern p = check_pattern(op, crow, col, col.numel(), c.in_per_group() * c.taps(), groups, c.taps());
+  const Pattern p =
+      check_pattern(op, crow, col, col.numel(), c.in_per_group() * c.taps(), groups, c.taps());
   const PlanHolder holder = get_plan(op, p, plan);
   const ScalarType type = compute_type(x);
   const Tensor gc = as_contiguous(grad, type), xc = as_contiguous(x, type);
   const Tensor out = empty_tensor({p.nnz}, type);
   const int64_t pixels = c.out_h * c.out_w, tokens = c.images * pixels;
-  ImageSource image = input_source(c, nullptr);
   if (type == ScalarType::Double) {
     const Sink layout{nullptr, false, p.rows, 0, pixels};
-    for (int64_t g = 0; g < groups; ++g) {
-      image.channel0 = g * c.in_per_group();
-      sddmm_reference(p.crow_data(), p.col_data(), {nullptr, &image}, xc.const_data_ptr<double>(), layout,
-                      gc.const_data_ptr<double>(), out.mutable_data_ptr<double>(),
-                      g * c.out_per_group(), (g + 1) * c.out_per_group(), tokens);
-    }
+    const std::vector<Tap> ty = forward_taps(c, 0), tx = forward_taps(c, 1);
+    for (int64_t g = 0; g < groups; ++g)
+      sddmm_reference(
+          p.crow_data(), p.col_data(),
+          {xc.const_data_ptr<double>(), 0, c.in_channels, c.height, c.width, g * c.in_per_group(),
+           c.kernel_h, c.kernel_w, c.out_h, c.out_w, ty.data(), tx.data()},
+          layout, gc.const_data_ptr<double>(), out.mutable_data_ptr<double>(),
+          g * c.out_per_group(), (g + 1) * c.out_per_group(), tokens);
     return out;
   }
-  const Tap identity{1, 0, 1};
-  const ImageSource grad_image{gc.const_data_ptr<float>(), p.rows, c.out_h, c.out_w, 0, 1, 1,
-                               c.out_h, c.out_w, &identity, &identity};
-  image.data = xc.const_data_ptr<float>();
-  run_sddmm(holder.view, {nullptr, p.col_data(), nullptr, kNone, {nullptr, &image}, {}, tokens, groups,
-                          c.in_per_group()},
-            {nullptr, &grad_image}, out.mutable_data_ptr<float>());
+  Planes planes, grad_planes;
+  make_planes(xc, c.images, c.in_channels, c.forward_y(), c.forward_x(), kPlanes, &planes);
+  const auto as_it_is = [](int64_t n) { return forward_axis(n, n, 1, 1, 0, 1); };
+  make_planes(gc, c.images, p.rows, as_it_is(c.out_h), as_it_is(c.out_w), kGradPlanes,
+              &grad_planes);
+  run_sddmm(holder.view,
+            {nullptr,
+             p.col_data(),
+             nullptr,
+             kNone,
+             {nullptr, &planes.source},
+             {},
+             tokens,
+             groups,
+             c.in_per_group()},
+            {nullptr, &grad_planes.source}, out.mutable_data_ptr<float>());
   return to_dtype(out, x.scalar_type());
 }
 

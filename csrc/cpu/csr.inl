@@ -34,10 +34,10 @@ SK_INLINE Vec activate(Vec x, Activation a) {
 }
 
 struct RowSums {
-  float* sums;          // (rows of the block, panel)
+  float* sums;  // (rows of the block, panel)
   int64_t row0;
   const float* bias;
-  bool first;           // first block of columns: start from the bias
+  bool first;  // first block of columns: start from the bias
 };
 
 template <int R>
@@ -75,7 +75,8 @@ SK_INLINE void run_rows(const Run* runs, const float* values, const int32_t* col
     for (int u = 0; u < U; ++u) add_products<R>(panel, v[u][i], k[u][i], acc[u]);
   }
   for (int u = 0; u < U; ++u) {
-    for (int32_t i = common; i < runs[u].count; ++i) add_products<R>(panel, v[u][i], k[u][i], acc[u]);
+    for (int32_t i = common; i < runs[u].count; ++i)
+      add_products<R>(panel, v[u][i], k[u][i], acc[u]);
     float* p = c.sums + (runs[u].row - c.row0) * R * Vec::N;
     for (int j = 0; j < R; ++j) acc[u][j].store(p + j * Vec::N);
   }
@@ -86,7 +87,8 @@ void run_block(const Run* run, const Run* end, const float* values, const int32_
                const float* panel, const RowSums& c) {
   constexpr int U = R >= 8 ? 1 : 8 / R;
   for (; run + U <= end; run += U) {
-    // Rows come in order of their counts, so neither the values nor the columns stream: fetch ahead.
+    // Rows come in order of their counts, so neither the values nor the columns stream: fetch
+    // ahead.
     for (int u = 0; u < U; ++u) {
       __builtin_prefetch(values + run[u + 2 * U].start);
       __builtin_prefetch(col + run[u + 2 * U].start);
@@ -152,8 +154,10 @@ void spmm_panel(const SpmmArgs& a, int64_t t0, int64_t t1) {
 void spmm(const SpmmArgs& a) {
   for (int64_t t = a.token_begin; t < a.token_end;) {
     const int64_t left = a.token_end - t;
+    // A panel only a quarter empty costs less than two narrow ones that read the weights twice.
+    const int64_t need = (left + Vec::N - 1) / Vec::N;
     int64_t r = a.vectors;
-    while (r > 1 && r * Vec::N > left) r /= 2;  // no wide panel for a short tail
+    while (r > 1 && need < r - r / 4) r /= 2;
     const int64_t end = left < r * Vec::N ? a.token_end : t + r * Vec::N;
     switch (r) {
       case 8: spmm_panel<8>(a, t, end); break;

@@ -23,7 +23,8 @@ Tensor as_contiguous(const Tensor& t, ScalarType dtype) {
 }
 
 Tensor empty_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()), dtype);
+  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()),
+                              dtype);
 }
 
 void check_operand(const std::string& op, const char* name, const Tensor& t, const Tensor& like) {
@@ -51,7 +52,13 @@ Pattern check_pattern(const std::string& op, const Tensor& crow, const Tensor& c
   check_size(op, "col.size(0) = values.size(0)", col.size(0), nnz);
   const int64_t rows = crow.size(0) - 1;
   if (cols > INT32_MAX) fail(op, "at most 2^31 - 1 columns", std::to_string(cols));
-  return {torch::stable::contiguous(crow), torch::stable::contiguous(col), rows, cols, nnz, groups, taps};
+  return {torch::stable::contiguous(crow),
+          torch::stable::contiguous(col),
+          rows,
+          cols,
+          nnz,
+          groups,
+          taps};
 }
 
 static void validate(const std::string& op, const Pattern& p) {
@@ -102,7 +109,8 @@ TransposedHolder get_transposed(const std::string& op, const Pattern& p,
   }
   const TransposedShape shape = transposed_shape(p.rows, p.cols, p.groups, p.taps);
   if (!view_transposed(data, size, shape, p.nnz, p.groups, &h.view))
-    fail(op, "plan_t made by csr_plan(transpose=True) for this pattern", "a plan of another pattern");
+    fail(op, "plan_t made by csr_plan(transpose=True) for this pattern",
+         "a plan of another pattern");
   return h;
 }
 
@@ -129,7 +137,8 @@ Split split_work(const PlanView& plan, int64_t tokens, int64_t groups) {
   if (plan.nnz * tokens < kSerialWork) threads = 1;
   // Whole panels first, then blocks of rows, then narrower panels.
   int64_t token_parts = std::min(threads, std::max<int64_t>(1, tokens / panel));
-  const int64_t row_parts = std::max<int64_t>(1, std::min(per_group, threads / (token_parts * groups)));
+  const int64_t row_parts =
+      std::max<int64_t>(1, std::min(per_group, threads / (token_parts * groups)));
   const int64_t width = kernels().width;
   if (token_parts * row_parts * groups < threads)
     token_parts = std::max<int64_t>(1, std::min(threads, (tokens + width - 1) / width));
@@ -146,8 +155,9 @@ Source shifted(const Source& s, ImageSource* image, int64_t channels) {
 
 }  // namespace
 
-float* thread_scratch(int64_t floats) {
-  static thread_local Scratch scratch;
+float* thread_scratch(ScratchSlot slot, int64_t floats) {
+  static thread_local Scratch slots[kScratchSlots];
+  Scratch& scratch = slots[slot];
   if (floats > scratch.size) {
     std::free(scratch.data);
     scratch.size = (floats + 1023) / 1024 * 1024;
@@ -171,12 +181,20 @@ void run_spmm(const PlanView& plan, const Operands& o) {
       const int64_t row_part = rest % s.row_parts, group = rest / s.row_parts;
       const int64_t t0 = std::min(o.tokens, part * s.token_chunk);
       ImageSource image;
-      SpmmArgs a{plan, o.values, o.col, o.bias, o.activation,
-                 shifted(o.source, &image, group * o.channels_per_group), o.sink,
+      SpmmArgs a{plan,
+                 o.values,
+                 o.col,
+                 o.bias,
+                 o.activation,
+                 shifted(o.source, &image, group * o.channels_per_group),
+                 o.sink,
                  group * s.blocks_per_group + row_part * s.blocks_per_group / s.row_parts,
                  group * s.blocks_per_group + (row_part + 1) * s.blocks_per_group / s.row_parts,
-                 t0, std::min(o.tokens, t0 + s.token_chunk), kernels().spmm_vectors, nullptr};
-      a.scratch = thread_scratch(spmm_scratch(plan, a.vectors * kernels().width));
+                 t0,
+                 std::min(o.tokens, t0 + s.token_chunk),
+                 kernels().spmm_vectors,
+                 nullptr};
+      a.scratch = thread_scratch(kTaskScratch, spmm_scratch(plan, a.vectors * kernels().width));
       kernels().spmm(a);
     }
   });
@@ -190,9 +208,7 @@ void run_sddmm(const PlanView& plan, const Operands& o, const Source& grad, floa
   const int64_t panel = kernels().width * kernels().sddmm_vectors;
   const int64_t n_panels = (o.tokens + panel - 1) / panel;
   const int64_t stride = plan.rows * panel;
-  const Tensor buffer = torch::stable::empty({n_panels * stride + 16}, ScalarType::Float);
-  float* panels = buffer.mutable_data_ptr<float>();
-  panels += (64 - reinterpret_cast<uintptr_t>(panels) % 64) % 64 / sizeof(float);
+  float* panels = thread_scratch(kGradPanels, n_panels * stride);
   torch::stable::parallel_for(0, n_panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
       kernels().fill_panel(grad, panels + p * stride, kernels().sddmm_vectors, p * panel,
@@ -204,9 +220,15 @@ void run_sddmm(const PlanView& plan, const Operands& o, const Source& grad, floa
         for (int64_t g = begin; g < end; ++g) {
           const int64_t group = g / plan.n_col_blocks / per_group;
           ImageSource image;
-          SddmmArgs a{plan, o.col, panels, stride,
-                      shifted(o.source, &image, group * o.channels_per_group), out, g, o.tokens,
-                      thread_scratch(plan.col_block * panel)};
+          SddmmArgs a{plan,
+                      o.col,
+                      panels,
+                      stride,
+                      shifted(o.source, &image, group * o.channels_per_group),
+                      out,
+                      g,
+                      o.tokens,
+                      thread_scratch(kTaskScratch, plan.col_block * panel)};
           kernels().sddmm(a);
         }
       });

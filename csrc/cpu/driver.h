@@ -15,7 +15,7 @@ Activation parse_activation(const std::string& op, const std::string& name);
 
 // A CSR pattern whose arguments were checked. `rows` x `cols`, cols counted within a group.
 struct Pattern {
-  Tensor crow, col;                  // contiguous int32
+  Tensor crow, col;  // contiguous int32
   int64_t rows, cols, nnz, groups, taps;
   const int32_t* crow_data() const { return crow.const_data_ptr<int32_t>(); }
   const int32_t* col_data() const { return col.const_data_ptr<int32_t>(); }
@@ -40,19 +40,21 @@ struct TransposedHolder {
 TransposedHolder get_transposed(const std::string& op, const Pattern& p,
                                 const std::optional<Tensor>& plan_t);
 
-// Scratch floats of the calling thread, 64-byte aligned, valid until its next call.
-float* thread_scratch(int64_t floats);
+// Memory of the calling thread that outlives the call: fresh pages for every call would cost as
+// much as small layers do. 64-byte aligned, valid until the thread asks for the same slot again.
+enum ScratchSlot { kTaskScratch, kPlanes, kGradPlanes, kGradPanels, kScratchSlots };
+float* thread_scratch(ScratchSlot slot, int64_t floats);
 
 struct Operands {
   const float* values;
   const int32_t* col;
   const float* bias;
   Activation activation;
-  Source source;                     // for a grouped image: channel0 of group 0
+  Source source;  // for a grouped image: channel0 of group 0
   Sink sink;
   int64_t tokens;
   int64_t groups;
-  int64_t channels_per_group;        // of the source, when it is an image
+  int64_t channels_per_group;  // of the source, when it is an image
 };
 
 // out = act(values * source + bias), split over threads.

@@ -10,7 +10,6 @@ namespace sparsekern {
 // The table that runs: the best one for this machine, or the one forced by set_cpu_isa.
 const Kernels& kernels();
 
-
 // Names of the tables this CPU can run, the plainest first.
 std::vector<std::string> available_isas();
 

@@ -1,6 +1,7 @@
 // The table of CPU kernels, one instance per instruction set, chosen once at run time.
 // Plain pointers in, plain pointers out: the units behind this header know nothing of torch and use
-// no library templates, so that code compiled for a newer CPU can never leak into a common function.
+// no library templates, so that code compiled for a newer CPU can never leak into a common
+// function.
 #pragma once
 #include <cstdint>
 
@@ -13,88 +14,86 @@ struct Run {
   int32_t row, start, count;
 };
 
-// A schedule over a CSR matrix, see plan.h. Runs are grouped by (row block, column block) and sorted
-// by falling count inside a group, so that the exit of the inner loop is predicted.
+// A schedule over a CSR matrix, see plan.h. Runs are grouped by (row block, column block) and
+// sorted by falling count inside a group, so that the exit of the inner loop is predicted.
 struct PlanView {
   int64_t rows, cols, nnz;
-  int64_t col_block;                // columns per column block
+  int64_t col_block;  // columns per column block
   int64_t n_col_blocks, n_row_blocks;
-  const int32_t* row_start;         // (n_row_blocks + 1,)
-  const int32_t* run_start;         // (n_row_blocks * n_col_blocks + 1,)
+  const int32_t* row_start;  // (n_row_blocks + 1,)
+  const int32_t* run_start;  // (n_row_blocks * n_col_blocks + 1,)
   const Run* runs;
 };
 
-// Where the dense operand comes from. "Token" t is a row of a matrix, or an output pixel of an image.
+// Where the dense operand comes from. "Token" t is a row of a matrix, or an output pixel of an
+// image.
 struct MatrixSource {
-  const float* data;                // (tokens, cols), row-major
-  int64_t stride;                   // floats between two tokens
+  const float* data;  // (tokens, cols), row-major
+  int64_t stride;     // floats between two tokens
 };
 
-// How one kernel tap moves along one image axis: position `p` of the panel reads
-// (p * mul + add) / div, where that divides exactly and lies inside [0, size).
-struct Tap {
-  int64_t mul, add, div;
-};
-
+// An image prepared for a convolution, see planes.h: every tap reads position (y, x) of the output
+// grid at plane[tap_offset + y * pitch + x], so all taps share one list of stretches.
 struct ImageSource {
-  const float* data;                // (images, channels, height, width), contiguous
-  int64_t channels, height, width;
-  int64_t channel0;                 // first channel of this group
-  int64_t kernel_h, kernel_w;
-  int64_t out_h, out_w;             // the grid of positions that a token indexes
-  const Tap* tap_y;                 // (kernel_h,)
-  const Tap* tap_x;                 // (kernel_w,)
+  const float* planes;  // (images, channels, plane_size)
+  int64_t channels, plane_size, pitch;
+  int64_t channel0;  // first channel of this group
+  int64_t taps;
+  const int64_t* tap_offset;  // (taps,)
+  int64_t out_h, out_w;       // the grid of positions that a token indexes
+  bool slack;                 // a vector may be read past the end of a stretch
 };
 
 struct Source {
-  const MatrixSource* matrix;       // exactly one of the two is set
+  const MatrixSource* matrix;  // exactly one of the two is set
   const ImageSource* image;
 };
 
 struct Sink {
   float* data;
-  bool token_major;                 // true: (tokens, rows) with `stride`; false: (images, rows, pixels)
-  int64_t stride;                   // token_major: floats between tokens; else rows in all groups
-  int64_t row_offset;               // added to the row of the matrix (first row of a group)
-  int64_t pixels;                   // positions per image, only when not token_major
+  bool token_major;    // true: (tokens, rows) with `stride`; false: (images, rows, pixels)
+  int64_t stride;      // token_major: floats between tokens; else rows in all groups
+  int64_t row_offset;  // added to the row of the matrix (first row of a group)
+  int64_t pixels;      // positions per image, only when not token_major
 };
 
 struct SpmmArgs {
   PlanView plan;
-  const float* values;              // (nnz,)
-  const int32_t* col;               // (nnz,)
-  const float* bias;                // (rows,) or null
+  const float* values;  // (nnz,)
+  const int32_t* col;   // (nnz,)
+  const float* bias;    // (rows,) or null
   Activation activation;
   Source source;
   Sink sink;
   int64_t row_block_begin, row_block_end;
   int64_t token_begin, token_end;
-  int64_t vectors;                  // vectors of tokens per panel: 1, 2, 4 or 8
-  float* scratch;                   // spmm_scratch() floats, 64-byte aligned
+  int64_t vectors;  // vectors of tokens per panel: 1, 2, 4 or 8
+  float* scratch;   // spmm_scratch() floats, 64-byte aligned
 };
 
 struct SddmmArgs {
   PlanView plan;
   const int32_t* col;
-  const float* grad_panels;         // panels of the left operand made by fill_panel, one per token panel
-  int64_t grad_panel_stride;        // floats between two panels
-  Source source;                    // the right operand
-  float* out;                       // (nnz,)
-  int64_t group;                    // row block * n_col_blocks + column block
+  const float* grad_panels;   // panels of the left operand made by fill_panel, one per token panel
+  int64_t grad_panel_stride;  // floats between two panels
+  Source source;              // the right operand
+  float* out;                 // (nnz,)
+  int64_t group;              // row block * n_col_blocks + column block
   int64_t tokens;
-  float* scratch;                   // col_block * panel width floats
+  float* scratch;  // col_block * panel width floats
 };
 
 struct Kernels {
   const char* name;
-  int64_t width;                    // floats in a vector
-  int64_t spmm_vectors;             // vectors of tokens per panel of spmm that runs best
-  int64_t sddmm_vectors;            // vectors of tokens per panel of sddmm
+  int64_t width;          // floats in a vector
+  int64_t spmm_vectors;   // vectors of tokens per panel of spmm that runs best
+  int64_t sddmm_vectors;  // vectors of tokens per panel of sddmm
   // out[t, r] = act(sum_k values[r, k] * source[t, k] + bias[r])
   void (*spmm)(const SpmmArgs&);
   // out[i] = sum_t grad[t, row(i)] * source[t, col(i)]
   void (*sddmm)(const SddmmArgs&);
-  // Panel of `vectors` vectors of tokens for columns [col_begin, col_end): dst[(k - col_begin)][token]
+  // Panel of `vectors` vectors of tokens for columns [col_begin, col_end): dst[(k -
+  // col_begin)][token]
   void (*fill_panel)(const Source&, float* dst, int64_t vectors, int64_t token_begin,
                      int64_t token_end, int64_t col_begin, int64_t col_end);
   // y[r] = act(sum_k values[r, k] * x[k] + bias[r]) for rows [row_begin, row_end)

@@ -58,18 +58,19 @@ Tensor csr_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& crow,
   Sink sink{nullptr, true, p.rows, 0, 0};
   if (type == ScalarType::Double) {
     spmm_reference(p.crow_data(), p.col_data(), vc.const_data_ptr<double>(),
-                   bc ? bc->const_data_ptr<double>() : nullptr, act, {&matrix, nullptr},
-                   xc.const_data_ptr<double>(), sink, y.mutable_data_ptr<double>(), 0, p.rows, tokens);
+                   bc ? bc->const_data_ptr<double>() : nullptr, act,
+                   {xc.const_data_ptr<double>(), cols}, sink, y.mutable_data_ptr<double>(), 0,
+                   p.rows, tokens);
     return y;
   }
   matrix.data = xc.const_data_ptr<float>();
   sink.data = y.mutable_data_ptr<float>();
   const float* b = bc ? bc->const_data_ptr<float>() : nullptr;
-  if (tokens <= 2)
-    spmv_rows(p, vc.const_data_ptr<float>(), matrix.data, b, act, sink.data, tokens);
+  if (tokens <= 2) spmv_rows(p, vc.const_data_ptr<float>(), matrix.data, b, act, sink.data, tokens);
   else
-    run_spmm(holder.view, {vc.const_data_ptr<float>(), p.col_data(), b, act, {&matrix, nullptr}, sink,
-                           tokens, 1, 0});
+    run_spmm(
+        holder.view,
+        {vc.const_data_ptr<float>(), p.col_data(), b, act, {&matrix, nullptr}, sink, tokens, 1, 0});
   return to_dtype(y, x.scalar_type());
 }
 
@@ -94,15 +95,16 @@ Tensor csr_linear_grad_input_cpu(const Tensor& grad, const Tensor& values, const
     const double* v = vc.const_data_ptr<double>();
     double* w = vt.mutable_data_ptr<double>();
     for (int64_t i = 0; i < p.nnz; ++i) w[i] = v[t.perm[i]];
-    spmm_reference(t.crow, t.col, w, nullptr, kNone, {&matrix, nullptr}, gc.const_data_ptr<double>(),
-                   sink, out.mutable_data_ptr<double>(), 0, in_features, tokens);
+    spmm_reference(t.crow, t.col, w, nullptr, kNone, {gc.const_data_ptr<double>(), p.rows}, sink,
+                   out.mutable_data_ptr<double>(), 0, in_features, tokens);
     return out;
   }
   permute_values(vc.const_data_ptr<float>(), t.perm, p.nnz, vt.mutable_data_ptr<float>());
   matrix.data = gc.const_data_ptr<float>();
   sink.data = out.mutable_data_ptr<float>();
-  run_spmm(t.plan, {vt.const_data_ptr<float>(), t.col, nullptr, kNone, {&matrix, nullptr}, sink,
-                    tokens, 1, 0});
+  run_spmm(
+      t.plan,
+      {vt.const_data_ptr<float>(), t.col, nullptr, kNone, {&matrix, nullptr}, sink, tokens, 1, 0});
   return to_dtype(out, grad.scalar_type());
 }
 
@@ -122,27 +124,31 @@ Tensor csr_linear_grad_values_cpu(const Tensor& grad, const Tensor& x, const Ten
   MatrixSource matrix{nullptr, cols}, grad_matrix{nullptr, p.rows};
   const Sink layout{nullptr, true, p.rows, 0, 0};
   if (type == ScalarType::Double) {
-    sddmm_reference(p.crow_data(), p.col_data(), {&matrix, nullptr}, xc.const_data_ptr<double>(), layout,
+    sddmm_reference(p.crow_data(), p.col_data(), {xc.const_data_ptr<double>(), cols}, layout,
                     gc.const_data_ptr<double>(), out.mutable_data_ptr<double>(), 0, p.rows, tokens);
     return out;
   }
   matrix.data = xc.const_data_ptr<float>();
   grad_matrix.data = gc.const_data_ptr<float>();
-  run_sddmm(holder.view, {nullptr, p.col_data(), nullptr, kNone, {&matrix, nullptr}, {}, tokens, 1, 0},
+  run_sddmm(holder.view,
+            {nullptr, p.col_data(), nullptr, kNone, {&matrix, nullptr}, {}, tokens, 1, 0},
             {&grad_matrix, nullptr}, out.mutable_data_ptr<float>());
   return to_dtype(out, x.scalar_type());
 }
 
-Tensor csr_plan_cpu(const Tensor& crow, const Tensor& col, int64_t cols, int64_t groups, int64_t taps,
-                    bool transpose) {
+Tensor csr_plan_cpu(const Tensor& crow, const Tensor& col, int64_t cols, int64_t groups,
+                    int64_t taps, bool transpose) {
   const std::string op = "csr_plan";
   if (cols < 0) fail(op, "cols >= 0", std::to_string(cols));
-  if (groups < 1 || taps < 1) fail(op, "groups and taps >= 1", std::to_string(std::min(groups, taps)));
+  if (groups < 1 || taps < 1)
+    fail(op, "groups and taps >= 1", std::to_string(std::min(groups, taps)));
   const Pattern p = check_pattern(op, crow, col, col.numel(), cols, groups, taps);
-  if (p.rows % groups) fail(op, "rows divisible by groups = " + std::to_string(groups), std::to_string(p.rows));
-  if (cols % taps) fail(op, "cols divisible by taps = " + std::to_string(taps), std::to_string(cols));
-  std::vector<int32_t> own = transpose ? get_transposed(op, p, std::nullopt).own
-                                       : get_plan(op, p, std::nullopt).own;
+  if (p.rows % groups)
+    fail(op, "rows divisible by groups = " + std::to_string(groups), std::to_string(p.rows));
+  if (cols % taps)
+    fail(op, "cols divisible by taps = " + std::to_string(taps), std::to_string(cols));
+  std::vector<int32_t> own =
+      transpose ? get_transposed(op, p, std::nullopt).own : get_plan(op, p, std::nullopt).own;
   const Tensor out = empty_tensor({static_cast<int64_t>(own.size())}, ScalarType::Int);
   std::copy(own.begin(), own.end(), out.mutable_data_ptr<int32_t>());
   return out;

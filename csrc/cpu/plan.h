@@ -1,7 +1,8 @@
 // The schedule of a CSR matrix: which stretch of which row runs next. Columns are cut into blocks
-// whose panel fits the L1 cache; rows into blocks whose sums fit the L2 cache; inside a pair of blocks
-// rows come in order of falling count. It holds indices only, so it depends on the pattern, not on the
-// values, and lives in one int32 tensor: a header, then row_start, run_start and the runs.
+// whose panel fits the L1 cache; rows into blocks whose sums fit the L2 cache; inside a pair of
+// blocks rows come in order of falling count. It holds indices only, so it depends on the pattern,
+// not on the values, and lives in one int32 tensor: a header, then row_start, run_start and the
+// runs.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -15,7 +16,7 @@ namespace sparsekern {
 
 constexpr int32_t kPlanMagic = 0x534b5031;  // "SKP1", changes with the layout
 constexpr int64_t kPlanHeader = 16;
-constexpr int64_t kRunPadding = 32;         // the kernels fetch this far ahead
+constexpr int64_t kRunPadding = 32;  // the kernels fetch this far ahead
 
 struct PlanShape {
   int64_t col_block, row_block;
@@ -29,7 +30,8 @@ inline PlanShape plan_shape(int64_t cols, double nnz_per_row) {
   return {std::min(std::max<int64_t>(cols, 1), col_block), 1024};
 }
 
-// Throws when crow and col are no CSR matrix of this shape. The kernels trust what went through here.
+// Throws when crow and col are no CSR matrix of this shape. The kernels trust what went through
+// here.
 template <class Fail>
 void check_csr(const int32_t* crow, const int32_t* col, int64_t rows, int64_t cols, int64_t nnz,
                Fail fail) {
@@ -39,7 +41,8 @@ void check_csr(const int32_t* crow, const int32_t* col, int64_t rows, int64_t co
   for (int64_t r = 0; r < rows; ++r) {
     if (crow[r + 1] < crow[r] || crow[r + 1] > nnz)
       fail("crow to be non-decreasing", std::to_string(crow[r]) + " before " +
-                                            std::to_string(crow[r + 1]) + " at row " + std::to_string(r));
+                                            std::to_string(crow[r + 1]) + " at row " +
+                                            std::to_string(r));
     for (int32_t i = crow[r]; i < crow[r + 1]; ++i) {
       const int32_t before = i > crow[r] ? col[i - 1] : -1;
       if (col[i] <= before || col[i] >= cols)
@@ -81,16 +84,22 @@ inline std::vector<int32_t> build_plan(const int32_t* crow, const int32_t* col, 
       }
     }
     for (auto& v : block) {
-      std::stable_sort(v.begin(), v.end(), [](const Run& a, const Run& c) { return a.count > c.count; });
+      std::stable_sort(v.begin(), v.end(),
+                       [](const Run& a, const Run& c) { return a.count > c.count; });
       runs.insert(runs.end(), v.begin(), v.end());
       run_start.push_back(static_cast<int32_t>(runs.size()));
     }
   }
   runs.resize(runs.size() + kRunPadding, Run{0, 0, 0});
-  const int32_t header[kPlanHeader] = {
-      kPlanMagic, static_cast<int32_t>(rows), static_cast<int32_t>(cols), static_cast<int32_t>(nnz),
-      static_cast<int32_t>(kb), static_cast<int32_t>(n_col), static_cast<int32_t>(n_row),
-      static_cast<int32_t>(runs.size()), static_cast<int32_t>(groups)};
+  const int32_t header[kPlanHeader] = {kPlanMagic,
+                                       static_cast<int32_t>(rows),
+                                       static_cast<int32_t>(cols),
+                                       static_cast<int32_t>(nnz),
+                                       static_cast<int32_t>(kb),
+                                       static_cast<int32_t>(n_col),
+                                       static_cast<int32_t>(n_row),
+                                       static_cast<int32_t>(runs.size()),
+                                       static_cast<int32_t>(groups)};
   std::vector<int32_t> out(header, header + kPlanHeader);
   out.insert(out.end(), row_start.begin(), row_start.end());
   out.insert(out.end(), run_start.begin(), run_start.end());
@@ -160,13 +169,15 @@ inline std::vector<int32_t> build_transposed(const int32_t* crow, const int32_t*
 
 inline bool view_transposed(const int32_t* p, int64_t size, TransposedShape t, int64_t nnz,
                             int64_t groups, Transposed* v) {
-  if (size < kPlanHeader || p[0] != kTransposedMagic || p[1] != t.rows || p[2] != t.cols || p[3] != nnz)
+  if (size < kPlanHeader || p[0] != kTransposedMagic || p[1] != t.rows || p[2] != t.cols ||
+      p[3] != nnz)
     return false;
   v->crow = p + kPlanHeader;
   v->col = v->crow + t.rows + 1;
   v->perm = v->col + nnz;
   const int32_t* plan = v->perm + nnz;
-  return size > plan - p && view_plan(plan, size - (plan - p), t.rows, t.cols, nnz, groups, &v->plan);
+  return size > plan - p &&
+         view_plan(plan, size - (plan - p), t.rows, t.cols, nnz, groups, &v->plan);
 }
 
 }  // namespace sparsekern

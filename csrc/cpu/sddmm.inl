@@ -1,6 +1,6 @@
-// Weight gradient on the pattern (sampled dense-dense matrix product). A row of the gradient stays in
-// R registers while the columns of its run stream from the L1 cache; N dot products are summed across
-// lanes at once.
+// Weight gradient on the pattern (sampled dense-dense matrix product). A row of the gradient stays
+// in R registers while the columns of its run stream from the L1 cache; N dot products are summed
+// across lanes at once.
 namespace sparsekern {
 namespace {
 

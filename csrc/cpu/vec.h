@@ -26,11 +26,6 @@ struct Vec {
   SK_INLINE void store(float* p, int64_t n) const {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
   }
-  // p[0], p[2], ... p[2N - 2]; touches p[0] to p[2N - 1].
-  static SK_INLINE Vec load_even(const float* p) {
-    const __m512i pick = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-    return {_mm512_permutex2var_ps(_mm512_loadu_ps(p), pick, _mm512_loadu_ps(p + 16))};
-  }
   static SK_INLINE Vec gather(const float* base, const int32_t* index) {
     return {_mm512_i32gather_ps(_mm512_loadu_si512(index), base, 4)};
   }
@@ -42,21 +37,41 @@ struct Vec {
   SK_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
 };
 
-SK_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
-SK_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
-SK_INLINE Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
-SK_INLINE Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
-SK_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+SK_INLINE Vec operator+(Vec a, Vec b) {
+  return {_mm512_add_ps(a.v, b.v)};
+}
+SK_INLINE Vec operator-(Vec a, Vec b) {
+  return {_mm512_sub_ps(a.v, b.v)};
+}
+SK_INLINE Vec operator*(Vec a, Vec b) {
+  return {_mm512_mul_ps(a.v, b.v)};
+}
+SK_INLINE Vec operator/(Vec a, Vec b) {
+  return {_mm512_div_ps(a.v, b.v)};
+}
+SK_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return {_mm512_fmadd_ps(a.v, b.v, c.v)};
+}
 // NaN comes through when it is the second operand, as in torch.
-SK_INLINE Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
-SK_INLINE Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
-SK_INLINE Vec round(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; }
-SK_INLINE Vec exp2i(Vec a) { return {_mm512_scalef_ps(_mm512_set1_ps(1.f), a.v)}; }
-SK_INLINE Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+SK_INLINE Vec max(Vec a, Vec b) {
+  return {_mm512_max_ps(a.v, b.v)};
+}
+SK_INLINE Vec min(Vec a, Vec b) {
+  return {_mm512_min_ps(a.v, b.v)};
+}
+SK_INLINE Vec round(Vec a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)};
+}
+SK_INLINE Vec exp2i(Vec a) {
+  return {_mm512_scalef_ps(_mm512_set1_ps(1.f), a.v)};
+}
+SK_INLINE Vec abs(Vec a) {
+  return {_mm512_abs_ps(a.v)};
+}
 SK_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
-  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(
-      _mm512_set1_epi32(INT32_MIN), _mm512_castps_si512(sign.v), _mm512_castps_si512(magnitude.v),
-      0xCA))};
+  return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_set1_epi32(INT32_MIN),
+                                                        _mm512_castps_si512(sign.v),
+                                                        _mm512_castps_si512(magnitude.v), 0xCA))};
 }
 
 // Transposes N vectors in place.
@@ -93,10 +108,10 @@ SK_INLINE Vec sum_each(const Vec* a) {
   for (int i = 0; i < 4; ++i)
     q[i] = _mm512_add_ps(_mm512_shuffle_ps(t[2 * i], t[2 * i + 1], 0x44),
                          _mm512_shuffle_ps(t[2 * i], t[2 * i + 1], 0xEE));
-  const __m512 lo = _mm512_add_ps(_mm512_shuffle_f32x4(q[0], q[1], 0x88),
-                                  _mm512_shuffle_f32x4(q[0], q[1], 0xDD));
-  const __m512 hi = _mm512_add_ps(_mm512_shuffle_f32x4(q[2], q[3], 0x88),
-                                  _mm512_shuffle_f32x4(q[2], q[3], 0xDD));
+  const __m512 lo =
+      _mm512_add_ps(_mm512_shuffle_f32x4(q[0], q[1], 0x88), _mm512_shuffle_f32x4(q[0], q[1], 0xDD));
+  const __m512 hi =
+      _mm512_add_ps(_mm512_shuffle_f32x4(q[2], q[3], 0x88), _mm512_shuffle_f32x4(q[2], q[3], 0xDD));
   return {_mm512_add_ps(_mm512_shuffle_f32x4(lo, hi, 0x88), _mm512_shuffle_f32x4(lo, hi, 0xDD))};
 }
 
@@ -114,12 +129,9 @@ struct Vec {
   static SK_INLINE Vec load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, mask(n))}; }
   SK_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
   SK_INLINE void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, mask(n), v); }
-  static SK_INLINE Vec load_even(const float* p) {
-    const __m256 t = _mm256_shuffle_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8), 0x88);
-    return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(t), 0xD8))};
-  }
   static SK_INLINE Vec gather(const float* base, const int32_t* index) {
-    return {_mm256_i32gather_ps(base, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4)};
+    return {
+        _mm256_i32gather_ps(base, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4)};
   }
   static SK_INLINE Vec gather(const float* base, const int32_t* index, int64_t n) {
     const __m256i m = mask(n);
@@ -133,19 +145,37 @@ struct Vec {
   }
 };
 
-SK_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
-SK_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
-SK_INLINE Vec operator*(Vec a, Vec b) { return {_mm256_mul_ps(a.v, b.v)}; }
-SK_INLINE Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
-SK_INLINE Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-SK_INLINE Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
-SK_INLINE Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
-SK_INLINE Vec round(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT)}; }
+SK_INLINE Vec operator+(Vec a, Vec b) {
+  return {_mm256_add_ps(a.v, b.v)};
+}
+SK_INLINE Vec operator-(Vec a, Vec b) {
+  return {_mm256_sub_ps(a.v, b.v)};
+}
+SK_INLINE Vec operator*(Vec a, Vec b) {
+  return {_mm256_mul_ps(a.v, b.v)};
+}
+SK_INLINE Vec operator/(Vec a, Vec b) {
+  return {_mm256_div_ps(a.v, b.v)};
+}
+SK_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return {_mm256_fmadd_ps(a.v, b.v, c.v)};
+}
+SK_INLINE Vec max(Vec a, Vec b) {
+  return {_mm256_max_ps(a.v, b.v)};
+}
+SK_INLINE Vec min(Vec a, Vec b) {
+  return {_mm256_min_ps(a.v, b.v)};
+}
+SK_INLINE Vec round(Vec a) {
+  return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT)};
+}
 SK_INLINE Vec exp2i(Vec a) {
   return {_mm256_castsi256_ps(
       _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(a.v), _mm256_set1_epi32(127)), 23))};
 }
-SK_INLINE Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.f), a.v)}; }
+SK_INLINE Vec abs(Vec a) {
+  return {_mm256_andnot_ps(_mm256_set1_ps(-0.f), a.v)};
+}
 SK_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
   return {_mm256_or_ps(_mm256_andnot_ps(_mm256_set1_ps(-0.f), magnitude.v),
                        _mm256_and_ps(_mm256_set1_ps(-0.f), sign.v))};
@@ -192,8 +222,9 @@ struct Vec {
   SK_INLINE void store(float* p, int64_t n) const {
     for (int64_t i = 0; i < n; ++i) p[i] = v[i];
   }
-  static SK_INLINE Vec load_even(const float* p) { return {{p[0], p[2], p[4], p[6]}}; }
-  static SK_INLINE Vec gather(const float* base, const int32_t* index) { return gather(base, index, 4); }
+  static SK_INLINE Vec gather(const float* base, const int32_t* index) {
+    return gather(base, index, 4);
+  }
   static SK_INLINE Vec gather(const float* base, const int32_t* index, int64_t n) {
     Vec r = set(0.f);
     for (int64_t i = 0; i < n; ++i) r.v[i] = base[index[i]];
@@ -206,13 +237,27 @@ template <class F>
 SK_INLINE Vec map(Vec a, Vec b, F f) {
   return {{f(a.v[0], b.v[0]), f(a.v[1], b.v[1]), f(a.v[2], b.v[2]), f(a.v[3], b.v[3])}};
 }
-SK_INLINE Vec operator+(Vec a, Vec b) { return map(a, b, [](float x, float y) { return x + y; }); }
-SK_INLINE Vec operator-(Vec a, Vec b) { return map(a, b, [](float x, float y) { return x - y; }); }
-SK_INLINE Vec operator*(Vec a, Vec b) { return map(a, b, [](float x, float y) { return x * y; }); }
-SK_INLINE Vec operator/(Vec a, Vec b) { return map(a, b, [](float x, float y) { return x / y; }); }
-SK_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
-SK_INLINE Vec max(Vec a, Vec b) { return map(a, b, [](float x, float y) { return x > y ? x : y; }); }
-SK_INLINE Vec min(Vec a, Vec b) { return map(a, b, [](float x, float y) { return x < y ? x : y; }); }
+SK_INLINE Vec operator+(Vec a, Vec b) {
+  return map(a, b, [](float x, float y) { return x + y; });
+}
+SK_INLINE Vec operator-(Vec a, Vec b) {
+  return map(a, b, [](float x, float y) { return x - y; });
+}
+SK_INLINE Vec operator*(Vec a, Vec b) {
+  return map(a, b, [](float x, float y) { return x * y; });
+}
+SK_INLINE Vec operator/(Vec a, Vec b) {
+  return map(a, b, [](float x, float y) { return x / y; });
+}
+SK_INLINE Vec fma(Vec a, Vec b, Vec c) {
+  return a * b + c;
+}
+SK_INLINE Vec max(Vec a, Vec b) {
+  return map(a, b, [](float x, float y) { return x > y ? x : y; });
+}
+SK_INLINE Vec min(Vec a, Vec b) {
+  return map(a, b, [](float x, float y) { return x < y ? x : y; });
+}
 SK_INLINE Vec round(Vec a) {
   return map(a, a, [](float x, float) { return __builtin_rintf(x); });
 }
@@ -233,12 +278,15 @@ SK_INLINE void transpose(Vec* a) {
       a[j].v[i] = t;
     }
 }
-SK_INLINE Vec sum_each(const Vec* a) { return {{a[0].sum(), a[1].sum(), a[2].sum(), a[3].sum()}}; }
+SK_INLINE Vec sum_each(const Vec* a) {
+  return {{a[0].sum(), a[1].sum(), a[2].sum(), a[3].sum()}};
+}
 
 #endif
 
-// Transposes a tile of `rows` x `cols` floats (each at most N) from memory to memory. With `pad` the
-// written rows are full vectors, zero from `rows` on; without it nothing past the tile is touched.
+// Transposes a tile of `rows` x `cols` floats (each at most N) from memory to memory. With `pad`
+// the written rows are full vectors, zero from `rows` on; without it nothing past the tile is
+// touched.
 SK_INLINE void transpose_tile(const float* src, int64_t src_stride, int64_t rows, float* dst,
                               int64_t dst_stride, int64_t cols, bool pad) {
   Vec r[Vec::N];

@@ -1,6 +1,6 @@
-// The Python module of the CPU half. Importing it runs the op registrations; the functions tell what
-// was built and which instruction set runs. Plain C API of Python (limited), so that one build serves
-// every Python and, with the stable ABI of torch, every torch from 2.11.
+// The Python module of the CPU half. Importing it runs the op registrations; the functions tell
+// what was built and which instruction set runs. Plain C API of Python (limited), so that one build
+// serves every Python and, with the stable ABI of torch, every torch from 2.11.
 #include <Python.h>
 
 #include <string>
@@ -9,7 +9,9 @@
 
 namespace {
 
-PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(sparsekern::kernels().name); }
+PyObject* cpu_isa(PyObject*, PyObject*) {
+  return PyUnicode_FromString(sparsekern::kernels().name);
+}
 
 PyObject* available_isas(PyObject*, PyObject*) {
   const auto names = sparsekern::available_isas();
@@ -50,9 +52,11 @@ PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS, "Compiler of this build."},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods,
-                      nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__C() {
+  return PyModule_Create(&module);
+}

