@@ -13,7 +13,6 @@ from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11
-LIMITED_API = "-DPy_LIMITED_API=0x030a0000"  # Python 3.10
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
 
 # One unit per instruction set, each with the flags of that set alone; csrc/cpu/isa.cpp checks every
@@ -73,7 +72,7 @@ def cuda_choice(sources: list[str]) -> tuple[bool, str]:
 def extensions() -> list:
     """The extension modules to build; prints what was chosen in one line."""
     common = {
-        "extra_compile_args": {"cxx": [*FLAGS, TORCH_TARGET, LIMITED_API]},
+        "extra_compile_args": {"cxx": [*FLAGS, TORCH_TARGET]},
         "py_limited_api": True,
     }
     cpu = [f"csrc/cpu/{name}.cpp" for name in ("ops", "conv", "driver", "isa")]

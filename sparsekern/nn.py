@@ -81,15 +81,15 @@ class _SparseLayer(nn.Module):
         self.weight.prepare_training()
         return self
 
-    def _autocast(self, x: Tensor) -> tuple[Tensor, torch.dtype]:
-        """Input in the dtype of the weight, and the dtype the caller expects back.
+    def _autocast(self, x: Tensor) -> tuple[Tensor, torch.dtype | None]:
+        """Under autocast: input in the dtype of the weight, and the dtype the caller expects.
 
         The dtype of the weight decides what is computed in; under autocast the input may come in
         any floating dtype and the result goes out in autocast's, as from nn.Linear.
         """
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             return x.to(self.weight.values.dtype), torch.get_autocast_dtype(x.device.type)
-        return x, x.dtype
+        return x, None
 
 
 class SparseLinear(_SparseLayer):
@@ -182,7 +182,8 @@ class SparseLinear(_SparseLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Y = act(x W^T + b)."""
         x, dtype = self._autocast(x)
-        return self.weight.linear(x, self.bias, self.activation).to(dtype)
+        y = self._modules["weight"].linear(x, self._parameters["bias"], self.activation)
+        return y if dtype is None else y.to(dtype)
 
     def extra_repr(self) -> str:
         """Sizes, bias and activation."""
@@ -306,7 +307,7 @@ class SparseConv2d(_SparseLayer):
         y = self.weight.conv2d(
             x, self.bias, _pair(self.stride), padding, _pair(self.dilation), self.activation
         )
-        return y.to(dtype)
+        return y if dtype is None else y.to(dtype)
 
     def extra_repr(self) -> str:
         """Channels and geometry."""

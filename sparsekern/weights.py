@@ -160,16 +160,17 @@ class CSRWeight(nn.Module):
 
     def linear(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """act(x W^T + b) for x `(..., in)`; bias `(out,)`."""
-        return csr_linear(
-            x, self.values, self.crow, self.col, bias, self.plan, self.plan_t, activation
-        )
+        return csr_linear(x, *self._parts(bias), activation)
 
     def conv2d(self, x, bias, stride, padding, dilation, activation: str) -> Tensor:
         """act(conv2d(x, W) + b) for x `(n, in, h, w)`; result contiguous `(n, out, oh, ow)`."""
-        return csr_conv2d(
-            x, self.values, self.crow, self.col, bias, self.plan, self.plan_t,
-            self.shape[2:], stride, padding, dilation, self.groups, activation,
-        )  # fmt: skip
+        geometry = (self.shape[2:], stride, padding, dilation, self.groups)
+        return csr_conv2d(x, *self._parts(bias), *geometry, activation)
+
+    def _parts(self, bias):
+        # Straight from the dicts: an attribute of a module costs 0.4 us, a small layer 5 us.
+        b = self._buffers
+        return self._parameters["values"], b["crow"], b["col"], bias, b["plan"], b["plan_t"]
 
     def extra_repr(self) -> str:
         """Shape, count and pattern."""

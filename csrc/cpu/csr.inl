@@ -171,20 +171,21 @@ void spmm(const SpmmArgs& a) {
 
 void spmv(const int32_t* crow, const int32_t* col, const float* values, const float* x,
           const float* bias, Activation activation, float* y, int64_t row_begin, int64_t row_end) {
-  for (int64_t r = row_begin; r < row_end; ++r) {
-    Vec s0 = Vec::set(0.f), s1 = s0;
-    int64_t i = crow[r];
-    const int64_t end = crow[r + 1];
-    for (; i + 2 * Vec::N <= end; i += 2 * Vec::N) {
-      s0 = fma(Vec::load(values + i), Vec::gather(x, col + i), s0);
-      s1 = fma(Vec::load(values + i + Vec::N), Vec::gather(x, col + i + Vec::N), s1);
+  for (int64_t r = row_begin; r < row_end; r += Vec::N) {
+    const int64_t rows = row_end - r < Vec::N ? row_end - r : Vec::N;
+    Vec part[Vec::N];
+    for (int64_t u = 0; u < Vec::N; ++u) part[u] = Vec::set(0.f);
+    for (int64_t u = 0; u < rows; ++u) {
+      // One sum is enough: the gather is slower than the latency of the FMA.
+      int64_t i = crow[r + u];
+      const int64_t end = crow[r + u + 1];
+      for (; i + Vec::N <= end; i += Vec::N)
+        part[u] = fma(Vec::load(values + i), Vec::gather(x, col + i), part[u]);
+      if (i < end)
+        part[u] = fma(Vec::load(values + i, end - i), Vec::gather(x, col + i, end - i), part[u]);
     }
-    for (; i < end; i += Vec::N) {
-      const int64_t n = end - i < Vec::N ? end - i : Vec::N;
-      s0 = fma(Vec::load(values + i, n), Vec::gather(x, col + i, n), s0);
-    }
-    const float sum = (s0 + s1).sum() + (bias ? bias[r] : 0.f);
-    activate(Vec::set(sum), activation).store(y + r, 1);
+    const Vec b = bias ? Vec::load(bias + r, rows) : Vec::set(0.f);
+    activate(sum_each(part) + b, activation).store(y + r, rows);
   }
 }
 

@@ -34,7 +34,6 @@ struct Vec {
     return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, _mm512_maskz_loadu_epi32(m, index),
                                      base, 4)};
   }
-  SK_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
 };
 
 SK_INLINE Vec operator+(Vec a, Vec b) {
@@ -137,11 +136,6 @@ struct Vec {
     const __m256i m = mask(n);
     return {_mm256_mask_i32gather_ps(_mm256_setzero_ps(), base, _mm256_maskload_epi32(index, m),
                                      _mm256_castsi256_ps(m), 4)};
-  }
-  SK_INLINE float sum() const {
-    const __m128 a = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    const __m128 b = _mm_add_ps(a, _mm_movehl_ps(a, a));
-    return _mm_cvtss_f32(_mm_add_ss(b, _mm_shuffle_ps(b, b, 1)));
   }
 };
 
