@@ -82,9 +82,44 @@ SK_INLINE void run_rows(const Run* runs, const float* values, const int32_t* col
   }
 }
 
+// A tile of rows with equal columns: each vector of the panel is loaded once for all of them. At
+// most four vectors at a time, so that the sums and what feeds them fit the registers.
 template <int R>
-void run_block(const Run* run, const Run* end, const float* values, const int32_t* col,
-               const float* panel, const RowSums& c) {
+SK_INLINE void run_tile(const Run* runs, const float* values, const int32_t* col,
+                        const float* panel, const RowSums& c) {
+  constexpr int U = kTileRows, H = R < 4 ? R : 4;
+  const float* v[U];
+  float* sums[U];
+  for (int u = 0; u < U; ++u) {
+    v[u] = values + runs[u].start;
+    sums[u] = c.sums + (runs[u].row - c.row0) * R * Vec::N;
+  }
+  const int32_t* k = col + runs[0].start;
+  for (int h = 0; h < R; h += H) {
+    Vec acc[U][H];
+    for (int u = 0; u < U; ++u)
+      for (int j = 0; j < H; ++j)
+        acc[u][j] = c.first ? Vec::set(c.bias ? c.bias[runs[u].row] : 0.f)
+                            : Vec::load(sums[u] + (h + j) * Vec::N);
+    for (int32_t i = 0; i < runs[0].count; ++i) {
+      const float* p = panel + k[i] * (R * Vec::N) + h * Vec::N;
+      Vec x[H];
+      for (int j = 0; j < H; ++j) x[j] = Vec::load(p + j * Vec::N);
+#pragma GCC unroll 4
+      for (int u = 0; u < U; ++u) {
+        const Vec w = Vec::set(v[u][i]);
+        for (int j = 0; j < H; ++j) acc[u][j] = fma(w, x[j], acc[u][j]);
+      }
+    }
+    for (int u = 0; u < U; ++u)
+      for (int j = 0; j < H; ++j) acc[u][j].store(sums[u] + (h + j) * Vec::N);
+  }
+}
+
+template <int R>
+void run_block(const Run* run, const Run* end, int32_t tiles, const float* values,
+               const int32_t* col, const float* panel, const RowSums& c) {
+  for (int32_t i = 0; i < tiles; ++i, run += kTileRows) run_tile<R>(run, values, col, panel, c);
   constexpr int U = R >= 8 ? 1 : 8 / R;
   for (; run + U <= end; run += U) {
     // Rows come in order of their counts, so neither the values nor the columns stream: fetch
@@ -144,8 +179,8 @@ void spmm_panel(const SpmmArgs& a, int64_t t0, int64_t t1) {
       if (b == a.row_block_begin) fill_panel(a.source, panel, R, t0, t1, c0, c1);
       const int32_t* g = plan.run_start + b * plan.n_col_blocks + k;
       // Columns count from the start of the matrix: shift the panel instead of every column.
-      run_block<R>(plan.runs + g[0], plan.runs + g[1], a.values, a.col, panel - c0 * P,
-                   RowSums{sums, row0, a.bias, k == 0});
+      run_block<R>(plan.runs + g[0], plan.runs + g[1], plan.n_tiles[b * plan.n_col_blocks + k],
+                   a.values, a.col, panel - c0 * P, RowSums{sums, row0, a.bias, k == 0});
     }
     store_rows<R>(a, sums, row0, rows, t0, t1 - t0);
   }

@@ -14,14 +14,19 @@ struct Run {
   int32_t row, start, count;
 };
 
-// A schedule over a CSR matrix, see plan.h. Runs are grouped by (row block, column block) and
-// sorted by falling count inside a group, so that the exit of the inner loop is predicted.
+// Rows of a tile hold the same columns inside their block of columns: block and vector patterns.
+constexpr int kTileRows = 4;
+
+// A schedule over a CSR matrix, see plan.h. Runs are grouped by (row block, column block). A group
+// starts with its row tiles, kTileRows runs each; the other runs come in order of falling count, so
+// that the exit of the inner loop is predicted.
 struct PlanView {
   int64_t rows, cols, nnz;
   int64_t col_block;  // columns per column block
   int64_t n_col_blocks, n_row_blocks;
   const int32_t* row_start;  // (n_row_blocks + 1,)
   const int32_t* run_start;  // (n_row_blocks * n_col_blocks + 1,)
+  const int32_t* n_tiles;    // (n_row_blocks * n_col_blocks,) row tiles at the start of a group
   const Run* runs;
 };
 

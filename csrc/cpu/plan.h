@@ -14,7 +14,7 @@
 
 namespace sparsekern {
 
-constexpr int32_t kPlanMagic = 0x534b5031;  // "SKP1", changes with the layout
+constexpr int32_t kPlanMagic = 0x534b5032;  // "SKP2", changes with the layout
 constexpr int64_t kPlanHeader = 16;
 constexpr int64_t kRunPadding = 32;  // the kernels fetch this far ahead
 
@@ -63,13 +63,48 @@ inline std::vector<int32_t> row_blocks(int64_t rows, int64_t groups, int64_t row
   return start;
 }
 
+// Orders the runs of one group: row tiles first, then the rest by falling count. Returns the number
+// of tiles.
+inline int32_t order_runs(std::vector<Run>& runs, const int32_t* col, int64_t first_col) {
+  struct Keyed {
+    uint64_t hash;
+    Run run;
+  };
+  std::vector<Keyed> keyed;
+  for (const Run& r : runs) {
+    uint64_t hash = 1469598103934665603ull;  // FNV-1a over the columns
+    for (int32_t i = r.start; i < r.start + r.count; ++i)
+      hash = (hash ^ static_cast<uint64_t>(col[i] - first_col)) * 1099511628211ull;
+    keyed.push_back({hash, r});
+  }
+  std::stable_sort(keyed.begin(), keyed.end(), [](const Keyed& a, const Keyed& b) {
+    return a.run.count != b.run.count ? a.run.count > b.run.count : a.hash < b.hash;
+  });
+  const auto same = [&](const Keyed& a, const Keyed& b) {
+    return a.hash == b.hash && a.run.count == b.run.count &&
+           std::equal(col + a.run.start, col + a.run.start + a.run.count, col + b.run.start);
+  };
+  std::vector<Run> single;
+  runs.clear();
+  for (size_t i = 0; i < keyed.size();) {
+    size_t n = 1;
+    while (n < kTileRows && i + n < keyed.size() && same(keyed[i], keyed[i + n])) ++n;
+    std::vector<Run>& to = n == kTileRows && keyed[i].run.count > 0 ? runs : single;
+    for (size_t j = 0; j < n; ++j) to.push_back(keyed[i + j].run);
+    i += n;
+  }
+  const int32_t tiles = static_cast<int32_t>(runs.size() / kTileRows);
+  runs.insert(runs.end(), single.begin(), single.end());
+  return tiles;
+}
+
 inline std::vector<int32_t> build_plan(const int32_t* crow, const int32_t* col, int64_t rows,
                                        int64_t cols, int64_t groups, PlanShape shape) {
   const int64_t nnz = crow[rows], kb = shape.col_block;
   const int64_t n_col = std::max<int64_t>(1, (cols + kb - 1) / kb);
   const std::vector<int32_t> row_start = row_blocks(rows, groups, shape.row_block);
   const int64_t n_row = static_cast<int64_t>(row_start.size()) - 1;
-  std::vector<int32_t> run_start{0};
+  std::vector<int32_t> run_start{0}, n_tiles;
   std::vector<Run> runs;
   std::vector<std::vector<Run>> block(n_col);
   for (int64_t b = 0; b < n_row; ++b) {
@@ -83,10 +118,9 @@ inline std::vector<int32_t> build_plan(const int32_t* crow, const int32_t* col, 
         if (i > begin || k == 0) block[k].push_back({r, begin, i - begin});
       }
     }
-    for (auto& v : block) {
-      std::stable_sort(v.begin(), v.end(),
-                       [](const Run& a, const Run& c) { return a.count > c.count; });
-      runs.insert(runs.end(), v.begin(), v.end());
+    for (int64_t k = 0; k < n_col; ++k) {
+      n_tiles.push_back(order_runs(block[k], col, k * kb));
+      runs.insert(runs.end(), block[k].begin(), block[k].end());
       run_start.push_back(static_cast<int32_t>(runs.size()));
     }
   }
@@ -101,8 +135,12 @@ inline std::vector<int32_t> build_plan(const int32_t* crow, const int32_t* col, 
                                        static_cast<int32_t>(runs.size()),
                                        static_cast<int32_t>(groups)};
   std::vector<int32_t> out(header, header + kPlanHeader);
-  out.insert(out.end(), row_start.begin(), row_start.end());
-  out.insert(out.end(), run_start.begin(), run_start.end());
+  const auto append = [&](const std::vector<int32_t>& v) {
+    out.insert(out.end(), v.begin(), v.end());
+  };
+  append(row_start);
+  append(run_start);
+  append(n_tiles);
   const int32_t* p = reinterpret_cast<const int32_t*>(runs.data());
   out.insert(out.end(), p, p + runs.size() * 3);
   return out;
@@ -114,17 +152,19 @@ inline bool view_plan(const int32_t* p, int64_t size, int64_t rows, int64_t cols
   if (size < kPlanHeader || p[0] != kPlanMagic || p[1] != rows || p[2] != cols || p[3] != nnz ||
       p[8] != groups)
     return false;
-  *v = {rows, cols, nnz, p[4], p[5], p[6], p + kPlanHeader, nullptr, nullptr};
+  *v = {rows, cols, nnz, p[4], p[5], p[6], p + kPlanHeader, nullptr, nullptr, nullptr};
+  const int64_t groups_of_runs = v->n_row_blocks * v->n_col_blocks;
   v->run_start = v->row_start + v->n_row_blocks + 1;
-  v->runs = reinterpret_cast<const Run*>(v->run_start + v->n_row_blocks * v->n_col_blocks + 1);
-  return size == kPlanHeader + v->n_row_blocks + 1 + v->n_row_blocks * v->n_col_blocks + 1 +
-                     static_cast<int64_t>(p[7]) * 3;
+  v->n_tiles = v->run_start + groups_of_runs + 1;
+  v->runs = reinterpret_cast<const Run*>(v->n_tiles + groups_of_runs);
+  return size ==
+         kPlanHeader + v->n_row_blocks + 2 + 2 * groups_of_runs + static_cast<int64_t>(p[7]) * 3;
 }
 
 // The transpose of a pattern: its own CSR, where each value sits in the original, and its plan.
 // For a convolution weight (out, in / groups, kh, kw) it is the matrix of the input gradient,
 // (in, out / groups * kh * kw); a matrix is the case of one tap and one group.
-constexpr int32_t kTransposedMagic = 0x534b5431;  // "SKT1"
+constexpr int32_t kTransposedMagic = 0x534b5432;  // "SKT2"
 
 struct Transposed {
   const int32_t *crow, *col, *perm;
