@@ -110,6 +110,10 @@ CONV = [
     _conv(0, 4, 8, 4, 3, 0.5, padding=1),
     _conv(1, 3, 7, 4, 7, 1.0, padding=3, act="gelu"),
     _conv(1, 2, 40, 3, 3, 0.0, stride=3, dilation=2),
+    # image rows shorter than a vector, ending at the edge of a panel
+    _conv(2, 8, (14, 12), 12, 4, 0.5),
+    _conv(3, 3, (9, 4), 5, 3, 0.3, padding=1),
+    _conv(1, 2, (70, 1), 4, (3, 1), 0.3, padding=(1, 0)),
 ]
 
 SAMPLES = {"csr_linear": LINEAR, "csr_conv2d": CONV}

@@ -48,16 +48,19 @@ SK_INLINE int64_t cut_stretches(const ImageSource& s, int64_t token_begin, int64
   return count;
 }
 
+// Whole vectors for the first `full` stretches: their surplus lanes land inside the row of the
+// panel and are written again by the next stretch. The others are cut to size.
 template <bool kSlack>
-SK_INLINE void copy_stretches(const float* plane, const Stretch* stretch, int64_t count,
-                              float* dst) {
-  for (int64_t i = 0; i + 1 < count; ++i) {
+SK_INLINE void copy_stretches(const float* plane, const Stretch* stretch, int64_t full,
+                              int64_t count, float* dst) {
+  for (int64_t i = 0; i < full; ++i) {
     const Stretch& s = stretch[i];
-    // Lanes past the stretch land where the next one is written.
     (kSlack ? Vec::load(plane + s.src) : Vec::load(plane + s.src, s.n)).store(dst + s.dst);
   }
-  const Stretch& s = stretch[count - 1];
-  Vec::load(plane + s.src, s.n).store(dst + s.dst, s.n);
+  for (int64_t i = full; i < count; ++i) {
+    const Stretch& s = stretch[i];
+    Vec::load(plane + s.src, s.n).store(dst + s.dst, s.n);
+  }
 }
 
 void fill_from_image(const ImageSource& s, float* dst, int64_t panel, int64_t token_begin,
@@ -65,11 +68,13 @@ void fill_from_image(const ImageSource& s, float* dst, int64_t panel, int64_t to
   Stretch stretch[kMaxVectors * Vec::N];
   const int64_t n_tokens = token_end - token_begin;
   const int64_t count = cut_stretches(s, token_begin, token_end, stretch);
+  int64_t full = count;
+  while (full > 0 && stretch[full - 1].dst + Vec::N > n_tokens) --full;
   for (int64_t k = col_begin; k < col_end; ++k, dst += panel) {
     const float* plane =
         s.planes + (s.channel0 + k / s.taps) * s.plane_size + s.tap_offset[k % s.taps];
-    if (s.slack) copy_stretches<true>(plane, stretch, count, dst);
-    else copy_stretches<false>(plane, stretch, count, dst);
+    if (s.slack) copy_stretches<true>(plane, stretch, full, count, dst);
+    else copy_stretches<false>(plane, stretch, full, count, dst);
     for (int64_t i = n_tokens; i < panel; i += Vec::N)
       Vec::set(0.f).store(dst + i, panel - i < Vec::N ? panel - i : Vec::N);
   }
