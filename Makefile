@@ -9,7 +9,7 @@ SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu)
 THREADS ?= 1
 CLANG_FORMAT = $(VENV)/bin/clang-format
 
-.PHONY: setup demo test lint format bench gpu clean
+.PHONY: setup demo test lint format bench gpu sanitize clean
 
 setup: $(READY)
 
@@ -45,6 +45,15 @@ gpu:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu: no CUDA device'"
 	SPARSEKERN_CUDA= $(PYTHON) -m pip install --no-build-isolation --no-deps -e .
 	$(PYTHON) -m pytest -m gpu
+
+# The native half with the address and undefined-behaviour sanitizers, under the tests of the ops.
+sanitize: setup
+	CFLAGS="-fsanitize=address,undefined -fno-sanitize=pointer-overflow,alignment -g1" \
+	LDFLAGS="-fsanitize=address,undefined" \
+	$(PIP) --no-build-isolation --no-deps --upgrade --target build/sanitized .
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
+	$(PY) -m pytest tests/test_ops.py -k "float64 or property or threads or contiguous or nan"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sparsekern/*.so
