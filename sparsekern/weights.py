@@ -125,6 +125,16 @@ class CSRWeight(nn.Module):
         return self.values.numel()
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the values; models that ask `layer.weight.dtype` get what they expect."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the values."""
+        return self.values.device
+
+    @property
     def taps(self) -> int:
         """Kernel positions of a convolution, 1 for a linear layer."""
         return self.shape[2:].numel()
