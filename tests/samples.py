@@ -113,6 +113,7 @@ CONV = [
     # image rows shorter than a vector, ending at the edge of a panel
     _conv(2, 8, (14, 12), 12, 4, 0.5),
     _conv(3, 3, (9, 4), 5, 3, 0.3, padding=1),
+    _conv(2, 16, 9, 8, 3, 0.5, padding=1),
     _conv(1, 2, (70, 1), 4, (3, 1), 0.3, padding=(1, 0)),
 ]
 

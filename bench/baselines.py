@@ -1,0 +1,231 @@
+"""Everything a point is timed against: the strongest dense kernels of torch, and sparse peers.
+
+A builder gets a problem, does all work that a real user does once (packing weights, changing
+layouts) and returns the call to time. Not every build of torch has every kernel, and not every
+kernel takes every dtype; a side that cannot run is left out and named with its reason. A side that
+runs but gives a wrong result is never timed: the dense and peer sides are left out with that as
+their reason, and our own stops the run.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from cases import Problem
+from torch import Tensor
+
+from sparsekern import SparseConv2d, SparseLinear
+
+# Largest accepted error, relative to the largest exact output. Dense and sparse sums differ in
+# order only; bfloat16 rounds inputs of the last product and the result to 8 bits.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+OURS = "sparsekern"
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Side:
+    """One contestant at a point.
+
+    Attributes:
+        name: What runs.
+        role: `dense`, `peer` (sparse, not ours) or `ours`.
+        call: The timed call; returns y, or (dX, dW, db) when training.
+        error: Largest error of its result over the largest exact value.
+    """
+
+    name: str
+    role: str
+    call: Call
+    error: float
+
+
+def f_linear(p: Problem) -> Call:
+    """What nn.Linear runs: MKL in float32, oneDNN in bfloat16."""
+    return lambda: p.case.apply(p.x, p.weight, p.bias)
+
+
+def mkl_prepacked(p: Problem) -> Call:
+    """MKL with the weight packed once, as torch.compile does in float32."""
+    packed = torch.ops.mkl._mkl_reorder_linear_weight(p.weight, p.case.tokens)
+    op = torch.ops.mkl._mkl_linear
+    return lambda: op(p.x, packed, p.weight, p.bias, p.case.tokens)
+
+
+def onednn_prepacked(p: Problem) -> Call:
+    """oneDNN with the weight packed once for this number of tokens."""
+    packed = torch.ops.mkldnn._reorder_linear_weight(p.weight, p.case.tokens)
+    op = torch.ops.mkldnn._linear_pointwise
+    return lambda: op(p.x, packed, p.bias, "none", [], "")
+
+
+def conv_nchw(p: Problem) -> Call:
+    """What nn.Conv2d runs on contiguous input."""
+    return lambda: p.case.apply(p.x, p.weight, p.bias)
+
+
+def conv_channels_last(p: Problem) -> Call:
+    """What nn.Conv2d runs on channels_last input and weight; the input comes in that layout."""
+    x = p.x.contiguous(memory_format=torch.channels_last)
+    weight = p.weight.contiguous(memory_format=torch.channels_last)
+    return lambda: p.case.apply(x, weight, p.bias)
+
+
+def onednn_conv_prepacked(p: Problem) -> Call:
+    """oneDNN with the weight packed once for this input, channels_last, as torch.compile does."""
+    stride, padding = [p.case.stride] * 2, [p.case.kernel // 2] * 2
+    geometry = (padding, stride, [1, 1], 1)
+    x = p.x.contiguous(memory_format=torch.channels_last)
+    packed = torch.ops.mkldnn._reorder_convolution_weight(p.weight, *geometry, list(x.shape))
+    op = torch.ops.mkldnn._convolution_pointwise
+    return lambda: op(x, packed, p.bias, *geometry, "none", [], "")
+
+
+def autograd_step(p: Problem, layout: torch.memory_format = torch.contiguous_format) -> Call:
+    """Forward and backward through torch's autograd, all three gradients."""
+
+    def leaf(t: Tensor) -> Tensor:
+        t = t.contiguous(memory_format=layout) if t.dim() == 4 else t
+        return t.detach().clone().requires_grad_()
+
+    leaves = [leaf(t) for t in (p.x, p.weight, p.bias)]
+    grad = p.grad.contiguous(memory_format=layout) if p.grad.dim() == 4 else p.grad
+    return lambda: torch.autograd.grad(p.case.apply(*leaves), leaves, grad)
+
+
+def autograd_channels_last(p: Problem) -> Call:
+    """As `autograd_step`, everything in channels_last."""
+    return autograd_step(p, torch.channels_last)
+
+
+def onednn_products(p: Problem) -> Call:
+    """A training step as three oneDNN products without autograd's overhead.
+
+    Nothing is packed ahead: the weight changes with every step.
+    """
+    op = torch.ops.mkldnn._linear_pointwise
+
+    def step():
+        op(p.x, p.weight, p.bias, "none", [], "")
+        grad_x = op(p.grad, p.weight.t(), None, "none", [], "")
+        grad_w = op(p.grad.t(), p.x.t(), None, "none", [], "")
+        return grad_x, grad_w, p.grad.sum(0)
+
+    return step
+
+
+def torch_csr(p: Problem) -> Call:
+    """torch.sparse through F.linear (MKL), int32 indices."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "CSR support is in beta", on every start
+        csr = p.weight.to_sparse_csr()
+        crow, col = csr.crow_indices().int(), csr.col_indices().int()
+        weight = torch.sparse_csr_tensor(crow, col, csr.values(), csr.shape)
+    return lambda: p.case.apply(p.x, weight, p.bias)
+
+
+def scipy_csr(p: Problem) -> Call:
+    """scipy.sparse; always one thread."""
+    import numpy
+    from scipy import sparse
+
+    weight = sparse.csr_array(p.weight.numpy())
+    x, bias = p.x.numpy(), p.bias.numpy()
+    return lambda: torch.from_numpy(numpy.ascontiguousarray((weight @ x.T).T + bias))
+
+
+DENSE: dict[str, dict[str, Callable[[Problem], Call]]] = {
+    "linear": {
+        "F.linear": f_linear,
+        "MKL prepacked": mkl_prepacked,
+        "oneDNN prepacked": onednn_prepacked,
+    },
+    "conv": {
+        "F.conv2d NCHW": conv_nchw,
+        "F.conv2d channels_last": conv_channels_last,
+        "oneDNN prepacked": onednn_conv_prepacked,
+    },
+    "linear training": {"F.linear": autograd_step, "oneDNN products": onednn_products},
+    "conv training": {
+        "F.conv2d NCHW": autograd_step,
+        "F.conv2d channels_last": autograd_channels_last,
+    },
+}
+PEERS: dict[str, dict[str, Callable[[Problem], Call]]] = {
+    "linear": {"torch.sparse CSR": torch_csr, "scipy CSR": scipy_csr},
+}
+
+
+def sparse_call(p: Problem) -> Call:
+    """Our layer as a user calls it, module overhead included."""
+    dense = p.case.layer()
+    dense.weight = torch.nn.Parameter(p.weight.clone())
+    dense.bias = torch.nn.Parameter(p.bias.clone())
+    layer_type = SparseLinear if p.case.kind == "linear" else SparseConv2d
+    layer = layer_type.from_dense(dense)
+    if not p.case.training:
+        return lambda: layer(p.x)
+    layer.prepare_training()
+    leaves = [p.x.clone().requires_grad_(), layer.weight.values, layer.bias]
+    return lambda: torch.autograd.grad(layer(leaves[0]), leaves, p.grad)
+
+
+def sides(p: Problem, peers: bool) -> tuple[list[Side], dict[str, str]]:
+    """Everything that runs this problem and gets it right, ours last.
+
+    Args:
+        p: The problem.
+        peers: Whether to add sparse peers.
+
+    Returns:
+        The sides, and for each one left out the reason.
+
+    Raises:
+        RuntimeError: our own result is wrong, or no dense side runs.
+    """
+    key = f"{p.case.kind}{' training' if p.case.training else ''}"
+    candidates = [(name, "dense", make) for name, make in DENSE[key].items()]
+    if peers:
+        candidates += [(name, "peer", make) for name, make in PEERS.get(key, {}).items()]
+    reference = p.reference()
+    found, left_out = [], {}
+    for name, role, make in candidates:
+        try:
+            call = make(p)
+            found.append(Side(name, role, call, checked(call, name, p, reference)))
+        # Whatever a foreign kernel does on a machine it was not made for, the others go on.
+        except Exception as error:
+            left_out[name] = (str(error).strip() or repr(error)).splitlines()[0]
+    if not any(side.role == "dense" for side in found):
+        raise RuntimeError(f"bench: expected a dense side for {p.case.name}, got {left_out}")
+    call = sparse_call(p)
+    found.append(Side(OURS, "ours", call, checked(call, OURS, p, reference)))
+    return found, left_out
+
+
+def checked(call: Call, name: str, p: Problem, reference: tuple[Tensor, ...]) -> float:
+    """Largest error of the result of a call over the largest exact value, per tensor.
+
+    A weight gradient `(nnz,)` is compared with the exact one at the stored weights.
+
+    Raises:
+        RuntimeError: the error is above `TOLERANCE` (or not a number).
+    """
+    result = call()
+    worst = 0.0
+    for got, exact in zip(result if isinstance(result, tuple) else (result,), reference):
+        if got.dim() == 1 and exact.shape == p.mask.shape:
+            exact = exact[p.mask]
+        gap = (got.detach().double() - exact).abs().max() / exact.abs().max()
+        worst = max(worst, float(gap.nan_to_num(nan=float("inf"))))
+    limit = TOLERANCE[p.x.dtype]
+    if not worst <= limit:
+        raise RuntimeError(
+            f"bench: expected {name} to be right to {limit:g} at {p.case.name}, "
+            f"got a relative error of {worst:.1e}"
+        )
+    return worst
