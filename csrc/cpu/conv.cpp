@@ -114,6 +114,49 @@ Conv make_conv(const std::string& op, int64_t images, int64_t in_channels, int64
           kernel[0], kernel[1],   groups, stride, padding, dilation};
 }
 
+// float64 by plain loops, group by group. `backward` walks from the output to the input.
+struct Reference {
+  std::vector<Tap> tap_y, tap_x;
+  ReferenceSource source;
+  int64_t rows, channels;  // per group: of the result, of the source
+};
+
+Reference make_reference(const Conv& c, const double* data, bool backward) {
+  Reference r;
+  r.tap_y = backward ? backward_taps(c, 0) : forward_taps(c, 0);
+  r.tap_x = backward ? backward_taps(c, 1) : forward_taps(c, 1);
+  r.source = {data,       0,          c.in_channels, c.height, c.width,        0,
+              c.kernel_h, c.kernel_w, c.out_h,       c.out_w,  r.tap_y.data(), r.tap_x.data()};
+  r.rows = c.out_per_group(), r.channels = c.in_per_group();
+  if (backward) {
+    std::swap(r.rows, r.channels);
+    r.source.channels = c.out_channels;
+    std::swap(r.source.height, r.source.out_h);
+    std::swap(r.source.width, r.source.out_w);
+  }
+  return r;
+}
+
+void spmm_double(const Conv& c, Reference r, const int32_t* crow, const int32_t* col,
+                 const double* values, const double* bias, Activation act, const Sink& sink,
+                 double* out) {
+  const int64_t tokens = c.images * r.source.out_h * r.source.out_w;
+  for (int64_t g = 0; g < c.groups; ++g) {
+    r.source.channel0 = g * r.channels;
+    spmm_reference(crow, col, values, bias, act, r.source, sink, out, g * r.rows, (g + 1) * r.rows,
+                   tokens);
+  }
+}
+
+void sddmm_double(const Conv& c, Reference r, const Pattern& p, const Sink& layout,
+                  const double* grad, double* out) {
+  for (int64_t g = 0; g < c.groups; ++g) {
+    r.source.channel0 = g * r.channels;
+    sddmm_reference(p.crow_data(), p.col_data(), r.source, layout, grad, out, g * r.rows,
+                    (g + 1) * r.rows, c.images * c.out_h * c.out_w);
+  }
+}
+
 Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& col,
                       const std::optional<Tensor>& bias, const std::optional<Tensor>& plan,
                       const std::optional<Tensor>&, const std::vector<int64_t> kernel,
@@ -142,15 +185,10 @@ Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& crow,
   const int64_t pixels = c.out_h * c.out_w, tokens = c.images * pixels;
   Sink sink{nullptr, false, p.rows, 0, pixels};
   if (type == ScalarType::Double) {
-    const std::vector<Tap> ty = forward_taps(c, 0), tx = forward_taps(c, 1);
-    for (int64_t g = 0; g < groups; ++g)
-      spmm_reference(
-          p.crow_data(), p.col_data(), vc.const_data_ptr<double>(),
-          bc ? bc->const_data_ptr<double>() : nullptr, act,
-          {xc.const_data_ptr<double>(), 0, c.in_channels, c.height, c.width, g * c.in_per_group(),
-           c.kernel_h, c.kernel_w, c.out_h, c.out_w, ty.data(), tx.data()},
-          sink, y.mutable_data_ptr<double>(), g * c.out_per_group(), (g + 1) * c.out_per_group(),
-          tokens);
+    spmm_double(c, make_reference(c, xc.const_data_ptr<double>(), false), p.crow_data(),
+                p.col_data(), vc.const_data_ptr<double>(),
+                bc ? bc->const_data_ptr<double>() : nullptr, act, sink,
+                y.mutable_data_ptr<double>());
     return y;
   }
   Planes planes;
@@ -203,14 +241,8 @@ Tensor csr_conv2d_grad_input_cpu(const Tensor& grad, const Tensor& values, const
     const double* v = vc.const_data_ptr<double>();
     double* w = vt.mutable_data_ptr<double>();
     for (int64_t i = 0; i < p.nnz; ++i) w[i] = v[t.perm[i]];
-    const std::vector<Tap> ty = backward_taps(c, 0), tx = backward_taps(c, 1);
-    for (int64_t g = 0; g < groups; ++g)
-      spmm_reference(
-          t.crow, t.col, w, nullptr, kNone,
-          {gc.const_data_ptr<double>(), 0, c.out_channels, c.out_h, c.out_w, g * c.out_per_group(),
-           c.kernel_h, c.kernel_w, height, width, ty.data(), tx.data()},
-          sink, out.mutable_data_ptr<double>(), g * c.in_per_group(), (g + 1) * c.in_per_group(),
-          tokens);
+    spmm_double(c, make_reference(c, gc.const_data_ptr<double>(), true), t.crow, t.col, w, nullptr,
+                kNone, sink, out.mutable_data_ptr<double>());
     return out;
   }
   permute_values(vc.const_data_ptr<float>(), t.perm, p.nnz, vt.mutable_data_ptr<float>());
@@ -251,14 +283,8 @@ Tensor csr_conv2d_grad_values_cpu(const Tensor& grad, const Tensor& x, const Ten
   const int64_t pixels = c.out_h * c.out_w, tokens = c.images * pixels;
   if (type == ScalarType::Double) {
     const Sink layout{nullptr, false, p.rows, 0, pixels};
-    const std::vector<Tap> ty = forward_taps(c, 0), tx = forward_taps(c, 1);
-    for (int64_t g = 0; g < groups; ++g)
-      sddmm_reference(
-          p.crow_data(), p.col_data(),
-          {xc.const_data_ptr<double>(), 0, c.in_channels, c.height, c.width, g * c.in_per_group(),
-           c.kernel_h, c.kernel_w, c.out_h, c.out_w, ty.data(), tx.data()},
-          layout, gc.const_data_ptr<double>(), out.mutable_data_ptr<double>(),
-          g * c.out_per_group(), (g + 1) * c.out_per_group(), tokens);
+    sddmm_double(c, make_reference(c, xc.const_data_ptr<double>(), false), p, layout,
+                 gc.const_data_ptr<double>(), out.mutable_data_ptr<double>());
     return out;
   }
   Planes planes, grad_planes;
