@@ -8,6 +8,7 @@ from .doctor import doctor
 from .measure import Comparison, compare
 from .nn import SparseConv2d, SparseLinear
 from .prune import PruneReport, prune
+from .storage import load, save
 from .weights import CSRWeight
 
 __version__ = "0.1.0"
@@ -21,6 +22,8 @@ __all__ = [
     "LayerReport",
     "compare",
     "Comparison",
+    "save",
+    "load",
     "doctor",
     "SparseLinear",
     "SparseConv2d",

@@ -79,11 +79,10 @@ def convert_to_sparse(
     report = ConversionReport(mode=mode)
     device = candidates[0].sites[0].module.weight.device
     specs = _record_inputs(model, candidates, example_inputs)
-    tuning = TuningCache(device) if cache and example_inputs is not None else None
+    tuning = TuningCache(device, on_disk=cache and example_inputs is not None)
     for candidate in _with_progress(candidates, progress):
         _decide(candidate, specs, mode, min_gain, budget_s, tuning)
-    if tuning:
-        tuning.save()
+    tuning.save()
     taken = [c for c in candidates if c.take]
     converted = _swap(model, taken)
     if taken and example_inputs is not None:
@@ -252,11 +251,10 @@ def _time(candidate, specs, mode, budget_s, tuning) -> None:
     for site, sparse in zip(candidate.sites, candidate.sparse, strict=True):
         for spec, count in specs.get(id(site.module), {}).items():
             key = layer_key(sparse, spec, training)
-            times = tuning.get(key) if tuning else None
+            times = tuning.get(key)
             if times is None:
                 times = time_layer(site.module, sparse, spec, training, budget_s)
-                if tuning:
-                    tuning.put(key, *times)
+                tuning.put(key, *times)
             dense_ms += count * times[0]
             sparse_ms += count * times[1]
             error = max(error, _difference(site.module, sparse, spec))

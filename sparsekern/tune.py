@@ -101,13 +101,15 @@ class TuningCache:
     """Timings on disk, one JSON file: {version, devices: {device: {layer: [dense_ms, sparse_ms]}}}.
 
     A file that cannot be read is ignored with a warning; one that cannot be written costs nothing
-    but the next conversion's time, and is said once.
+    but the next conversion's time, and is said once. With `on_disk` off timings are shared by the
+    layers of one conversion only.
     """
 
-    def __init__(self, device: torch.device, folder: Path | None = None):
-        self.path = (folder or cache_folder()) / "tuning.json"
+    def __init__(self, device: torch.device, on_disk: bool = True):
+        self.path = cache_folder() / "tuning.json"
+        self.on_disk = on_disk
         self.key = device_key(device)
-        self.entries: dict[str, list[float]] = self._read().get(self.key, {})
+        self.entries: dict[str, list[float]] = self._read().get(self.key, {}) if on_disk else {}
         self._changed = False
 
     def get(self, layer: str) -> tuple[float, float] | None:
@@ -122,7 +124,7 @@ class TuningCache:
 
     def save(self) -> None:
         """Merge into the file, atomically."""
-        if not self._changed:
+        if not (self._changed and self.on_disk):
             return
         devices = self._read()
         devices[self.key] = {**devices.get(self.key, {}), **self.entries}

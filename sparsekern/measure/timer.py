@@ -170,7 +170,6 @@ def _sample(fn: Callable[[], object], calls: int, device) -> float:
 @contextmanager
 def _no_gc():
     was_on = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -1,0 +1,98 @@
+"""How a sparse weight lies in a file: `values`, plus its positions in the smaller of two codes.
+
+`csr`: `crow` (int32) and `col`, in the narrowest unsigned type that holds every column.
+`mask`: `mask`, one bit per weight of the dense shape, row-major, lowest bit first.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .patterns import parse
+from .weights import INT32_MAX, CSRWeight, check_csr
+
+PARTS = {"csr": ("values", "crow", "col"), "mask": ("values", "mask")}
+
+
+def column_dtype(cols: int) -> torch.dtype:
+    """The narrowest dtype for column indices in [0, cols): uint8, uint16 or int32."""
+    if cols <= 2**8:
+        return torch.uint8
+    return torch.uint16 if cols <= 2**16 else torch.int32
+
+
+def encode(weight: CSRWeight) -> tuple[dict, dict[str, Tensor]]:
+    """Describe a weight for the header, and give its tensors by part name, on the CPU.
+
+    Returns:
+        `{"shape", "pattern", "encoding"}` with plain values, and the parts that `PARTS` lists for
+        the encoding; contiguous, in the dtype of the values for `values`.
+    """
+    crow, col = weight.crow.cpu(), weight.col.cpu()
+    rows, cols = weight.shape[0], weight.shape[1:].numel()
+    narrow = column_dtype(cols)
+    csr_bytes = 4 * crow.numel() + narrow.itemsize * col.numel()
+    mask_bytes = -(-rows * cols // 8)
+    values = weight.values.detach().cpu().contiguous()
+    if csr_bytes < mask_bytes:
+        encoding, parts = "csr", {"crow": crow.contiguous(), "col": col.to(narrow)}
+    else:
+        bits = np.packbits(weight.mask().cpu().view(-1).numpy(), bitorder="little")
+        encoding, parts = "mask", {"mask": torch.from_numpy(bits)}
+    header = {"shape": list(weight.shape), "pattern": weight.pattern, "encoding": encoding}
+    return header, {"values": values, **parts}
+
+
+def check_header(header) -> None:
+    """Raise ValueError unless `header` is what `encode` writes: shape, pattern, encoding."""
+    if not isinstance(header, dict) or set(header) != {"shape", "pattern", "encoding"}:
+        raise ValueError(f"expected a description with shape, pattern, encoding, got {header!r}")
+    shape, encoding = header["shape"], header["encoding"]
+    sizes_ok = isinstance(shape, list) and all(type(n) is int and 0 <= n for n in shape)
+    if not sizes_ok or len(shape) not in (2, 4):
+        raise ValueError(f"expected a shape of 2 or 4 sizes, got {shape!r}")
+    if torch.Size(shape[1:]).numel() > INT32_MAX:
+        raise ValueError(f"expected sizes below 2^31, got {shape!r}")
+    if not isinstance(encoding, str) or encoding not in PARTS:
+        raise ValueError(f"expected encoding one of {', '.join(PARTS)}, got {encoding!r}")
+    if not isinstance(header["pattern"], str):
+        raise ValueError(f"expected the pattern as a string, got {header['pattern']!r}")
+    parse(header["pattern"])
+
+
+def decode(header: dict, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Give (values, crow, col), canonical CSR with int32 indices, every index checked.
+
+    Args:
+        header: As `check_header` accepts it.
+        parts: The tensors `PARTS` lists for its encoding.
+
+    Raises:
+        ValueError: A part has the wrong dtype or size, or an index is out of place.
+    """
+    values = parts["values"]
+    if header["encoding"] == "mask":
+        crow, col = _from_mask(parts["mask"], header["shape"])
+    else:
+        crow, col = parts["crow"], parts["col"]
+        wanted = column_dtype(torch.Size(header["shape"][1:]).numel())
+        if col.dtype != wanted:
+            raise ValueError(f"expected col of dtype {wanted}, got {col.dtype}")
+        col = col.to(torch.int32)
+    check_csr(values, crow, col, header["shape"])
+    return values, crow, col
+
+
+def _from_mask(mask: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
+    rows, total = shape[0], torch.Size(shape).numel()
+    wanted = -(-total // 8)
+    if mask.dtype != torch.uint8 or tuple(mask.shape) != (wanted,):
+        got = f"{mask.dtype} of shape {tuple(mask.shape)}"
+        raise ValueError(f"expected mask ({wanted},) of torch.uint8, got {got}")
+    bits = np.unpackbits(mask.numpy(), bitorder="little")
+    if bits[total:].any():
+        raise ValueError("expected the padding bits of mask to be 0, got 1")
+    kept = torch.from_numpy(bits[:total].astype(bool)).view(rows, torch.Size(shape[1:]).numel())
+    crow = torch.zeros(rows + 1, dtype=torch.int32)
+    crow[1:] = kept.sum(1).cumsum(0)
+    return crow, kept.nonzero()[:, 1].to(torch.int32)
