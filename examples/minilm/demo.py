@@ -202,7 +202,7 @@ def write_reports(folder: Path, results: list[Result], notes: list[str], options
             TITLE,
             [result.row() for result in results],
             notes,
-            accuracy_label="mean correlation with human ratings",
+            accuracy_label="correlation with ratings",
             hardware=hardware,
         ),
     ]

@@ -288,8 +288,8 @@ def _sweep_table(rows, accuracy_label) -> dict[str, object]:
     extra = list(dict.fromkeys(key for row in rows for key in row if key not in ROW_KEYS))
     sources = {str(row.get("energy_source") or "") for row in rows}
     energy = f"energy, {sources.pop()}" if len(sources) == 1 and sources != {""} else "energy"
-    columns = ["pattern", "sparsity", *extra, accuracy_label, "latency", "speed-up", energy]
-    columns = [c.replace("_", " ") for c in [*columns, "weights", "layers sparse / dense"]]
+    columns = ["pattern", "sparsity", "speed-up", "latency", accuracy_label, "weights", energy]
+    columns = [c.replace("_", " ") for c in [*columns, "layers sparse / dense", *extra]]
     cells = [_sweep_row(row, extra, "," not in energy) for row in rows]
     used = [i for i in range(len(columns)) if any(row[i] != MISSING for row in cells)]
     rows_used = [[row[i] for i in used] for row in cells]
@@ -307,13 +307,13 @@ def _sweep_row(row, extra: Sequence[str], name_source: bool) -> tuple[str, ...]:
     return (
         str(row["pattern"]),
         percent(row["sparsity"]),
-        *(_number(get(key)) for key in extra),
-        _change(_number(get("dense_accuracy")), _number(get("accuracy"))),
-        _change(milliseconds(get("dense_ms")), milliseconds(get("sparse_ms"))),
         times(row["speedup"]),
-        energy,
+        _change(milliseconds(get("dense_ms")), milliseconds(get("sparse_ms"))),
+        _change(_number(get("dense_accuracy")), _number(get("accuracy"))),
         _change(si(get("dense_bytes"), "B"), si(get("sparse_bytes"), "B")),
+        energy,
         layers,
+        *(_number(get(key)) for key in extra),
     )
 
 
