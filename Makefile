@@ -21,7 +21,7 @@ $(VENV)/.deps: pyproject.toml constraints.txt
 	touch $@
 
 $(READY): $(VENV)/.deps setup.py $(SOURCES)
-	$(PIP) --no-build-isolation --no-deps -e . -v 2>&1 | grep -E "^ *sparsekern:|error" || true
+	$(PY) -m pip install -v --no-build-isolation --no-deps -e . 2>&1 | grep -E "^ *sparsekern:|error" || true
 	$(PY) -c "from sparsekern._load import _C; assert _C, 'the CPU kernels were not built'"
 	touch $@
 
