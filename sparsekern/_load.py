@@ -10,8 +10,8 @@ import torch  # noqa: F401  (its libraries must be in the process before ours)
 
 REMEDY = {
     "_C": "build it: pip install --no-build-isolation -e .   (needs a C++ compiler)",
-    "_C_cuda": "this version brings no CUDA kernels; on a GPU the ops run their plain torch reference, "
-    "and convert_to_sparse keeps layers dense",
+    "_C_cuda": "this version brings no CUDA kernels; on a GPU the ops run their plain torch "
+    "reference, and convert_to_sparse keeps layers dense",
 }
 
 
