@@ -5,6 +5,7 @@ from ._load import available_isas, cpu_isa
 from .conversion import ConversionReport, LayerReport
 from .convert import convert_to_sparse, report, to_dense
 from .doctor import doctor
+from .fold import fold_batchnorm
 from .measure import Comparison, compare
 from .nn import SparseConv2d, SparseLinear
 from .prune import PruneReport, prune
@@ -18,6 +19,7 @@ __all__ = [
     "convert_to_sparse",
     "report",
     "to_dense",
+    "fold_batchnorm",
     "ConversionReport",
     "LayerReport",
     "compare",

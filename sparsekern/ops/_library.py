@@ -43,6 +43,22 @@ def activation_backward(grad, activation: str, output, pre_activation):
     return grad
 
 
+def save_for_gradients(ctx, x, values, crow, col, bias, plan, plan_t, output) -> None:
+    """Save what the gradients will ask for and nothing else; `ctx.activation` must be set."""
+    needs_x, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+    recompute = ctx.activation.startswith("gelu")  # its gradient needs the sum before it
+    ctx.save_for_backward(
+        x if needs_values or recompute else None,
+        values if needs_x or recompute else None,
+        crow,
+        col,
+        bias if recompute else None,
+        plan,
+        plan_t,
+        output if ctx.activation == "relu" else None,
+    )
+
+
 def check_indices(op: str, crow: torch.Tensor, col: torch.Tensor, cols: int) -> None:
     """Refuses anything that is no CSR pattern, like the compiled ops do."""
     nnz = col.numel()

@@ -7,7 +7,7 @@ contiguous (n, out, oh, ow). Stride, padding, dilation and groups as nn.Conv2d d
 
 import torch
 
-from ._library import activate, activation_backward, csr_to_dense, define
+from ._library import activate, activation_backward, csr_to_dense, define, save_for_gradients
 
 CONV = "csr_conv2d"
 _GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
@@ -131,20 +131,10 @@ csr_conv2d_grad_values = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, values, crow, col, bias, plan, plan_t, *ctx.geometry, ctx.activation = inputs
-    needs_x, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    recompute = ctx.activation.startswith("gelu")
+    x, *rest = inputs[:7]
+    *ctx.geometry, ctx.activation = inputs[7:]
     ctx.input_size = x.shape[1:]
-    ctx.save_for_backward(
-        x if needs_values or recompute else None,
-        values if needs_x or recompute else None,
-        crow,
-        col,
-        bias if recompute else None,
-        plan,
-        plan_t,
-        output if ctx.activation == "relu" else None,
-    )
+    save_for_gradients(ctx, x, *rest, output)
 
 
 def _backward(ctx, grad):

@@ -8,7 +8,14 @@ of.
 
 import torch
 
-from ._library import activate, activation_backward, check_indices, csr_to_dense, define
+from ._library import (
+    activate,
+    activation_backward,
+    check_indices,
+    csr_to_dense,
+    define,
+    save_for_gradients,
+)
 
 LINEAR = "csr_linear"
 
@@ -67,20 +74,10 @@ csr_linear_grad_values = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, values, crow, col, bias, plan, plan_t, ctx.activation = inputs
-    needs_x, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    recompute = ctx.activation.startswith("gelu")
+    x, *rest = inputs[:7]
+    ctx.activation = inputs[7]
     ctx.in_features = x.shape[-1]
-    ctx.save_for_backward(
-        x if needs_values or recompute else None,
-        values if needs_x or recompute else None,
-        crow,
-        col,
-        bias if recompute else None,
-        plan,
-        plan_t,
-        output if ctx.activation == "relu" else None,
-    )
+    save_for_gradients(ctx, x, *rest, output)
 
 
 def _backward(ctx, grad):
