@@ -131,6 +131,10 @@ class Tiled(Pattern):
         sizes = self.unit_sizes(scores.shape)
         return sums / (sizes if isinstance(sizes, int) else sizes.to(sums.device))
 
+    def unit_maxima(self, scores: Tensor) -> Tensor:
+        """Largest score of each unit, of scores that are not negative, `(units,)`."""
+        return split_tiles(as_3d(scores), self.tile(scores.shape)).amax((1, 3, 5)).flatten()
+
     def expand(self, unit_mask: Tensor, shape) -> Tensor:
         """Blow a boolean `(units,)` up to a mask of the weight's shape."""
         (rows, cols, positions), tile = self.grid(shape), self.tile(shape)

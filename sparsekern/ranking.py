@@ -18,6 +18,13 @@ def kept_weights(numel: int, sparsity: float) -> int:
     return numel - math.floor(sparsity * numel + 0.5)
 
 
+def weights_in(units: Tensor, sizes: "int | Tensor") -> int:
+    """Count the weights in chosen units, boolean `(units,)`; sizes as for `keep`."""
+    if isinstance(sizes, int):
+        return sizes * int(units.count_nonzero())
+    return int(sizes.to(units.device)[units].sum())
+
+
 def keep(scores: Tensor, sizes: "int | Tensor", kept: float, at_least: int = 1) -> Tensor:
     """Keep the best units until their total size is nearest to a budget.
 

@@ -1,6 +1,31 @@
 """Pruning: score x pattern x scope x schedule x update rule."""
 
+from . import schedules
 from .api import prune
+from .finetune import adjusted_dropout, distillation_loss, recalibrate_batchnorm
+from .lottery import LotteryTicket
+from .masks import MaskOverlap, layer_collapse, mask_overlap
+from .methods.slimming import slimming_penalty
+from .owl import owl
+from .pruner import Pruner
 from .report import PrunedLayer, PruneReport
+from .sensitivity import Sensitivity, sensitivity
 
-__all__ = ["PruneReport", "PrunedLayer", "prune"]
+__all__ = [
+    "LotteryTicket",
+    "MaskOverlap",
+    "PruneReport",
+    "PrunedLayer",
+    "Pruner",
+    "Sensitivity",
+    "adjusted_dropout",
+    "distillation_loss",
+    "layer_collapse",
+    "mask_overlap",
+    "owl",
+    "prune",
+    "recalibrate_batchnorm",
+    "schedules",
+    "sensitivity",
+    "slimming_penalty",
+]

@@ -1,7 +1,7 @@
 """Allocation: how a budget of kept weights is spread over layers.
 
-`uniform`, `erk` and a dict give every layer its own budget before any score is known; `global`
-ranks the units of all layers together.
+`uniform`, `erk`, `lamp` and a dict give every layer its own budget before any score is known;
+`global` ranks the units of all layers together.
 """
 
 import math
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..patterns import NM, Pattern
-from ..ranking import check_sparsity, keep, kept_weights
+from ..ranking import check_sparsity, keep, kept_weights, weights_in
 from .targets import Layer, name_matches
 
-SCOPES = ("global", "uniform", "erk")
+SCOPES = ("global", "uniform", "erk", "lamp")
 
 
 class Budget:
@@ -47,11 +47,11 @@ def check_scope(scope, layers: Sequence[Layer], pattern: Pattern) -> None:
 
 
 def allocate(scope, layers: Sequence[Layer], pattern: Pattern, sparsity: float | None) -> Budget:
-    """Budget of every layer under `uniform`, `erk` or a dict.
+    """Budget of every layer under `uniform`, `erk`, `lamp` or a dict.
 
     Args:
-        scope: `"uniform"`, `"erk"` or `{name or glob: sparsity}`; a name beats a glob, an earlier
-            glob a later one.
+        scope: `"uniform"`, `"erk"`, `"lamp"` or `{name or glob: sparsity}`; a name beats a glob, an
+            earlier glob a later one.
         layers: The layers, in order.
         pattern: Gives the smallest unit, which `erk` leaves in every layer.
         sparsity: For a dict, that of layers it does not name (None: they stay dense).
@@ -62,6 +62,8 @@ def allocate(scope, layers: Sequence[Layer], pattern: Pattern, sparsity: float |
         return Budget([kept_weights(n, s) for n, s in zip(totals, wanted, strict=True)])
     if scope == "uniform" or isinstance(pattern, NM):
         return Budget([kept_weights(n, sparsity) for n in totals])
+    if scope == "lamp":
+        return _lamp_budget(layers, pattern, kept_weights(sum(totals), sparsity))
     shapes = [layer.weight.shape for layer in layers]
     floors = [math.prod(pattern.tile(shape)) for shape in shapes]
     return Budget(erdos_renyi_kernel(shapes, floors, kept_weights(sum(totals), sparsity)), True)
@@ -93,6 +95,29 @@ def erdos_renyi_kernel(shapes, floors: Sequence[int], kept: int) -> list[float]:
     below, above = knots[after - 1], knots[after]
     low, high = sum(spread(below)), sum(spread(above))
     return spread(below + (above - below) * (kept - low) / (high - low))
+
+
+def lamp_scores(weight: Tensor, pattern: Pattern) -> Tensor:
+    """Layer-adaptive magnitudes, `w_u^2 / sum of w_v^2 over all w_v^2 >= w_u^2` (Lee et al. 2021).
+
+    arXiv:2010.07611, eq. 3. A unit of several weights has the sum of their squares for `w_u^2`.
+
+    Returns:
+        float64 `(units,)`.
+    """
+    squares = pattern.unit_scores(weight.double() ** 2)
+    sizes = pattern.unit_sizes(weight.shape)
+    squares = squares * (sizes if isinstance(sizes, int) else sizes.to(squares.device))
+    order = squares.argsort(descending=True, stable=True)
+    totals = squares[order].cumsum(0).clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.empty_like(squares).scatter_(0, order, squares[order] / totals)
+
+
+def _lamp_budget(layers: Sequence[Layer], pattern: Pattern, kept: int) -> Budget:
+    scores = [lamp_scores(layer.weight, pattern).cpu() for layer in layers]
+    sizes = [pattern.unit_sizes(layer.weight.shape) for layer in layers]
+    units = rank_globally(scores, sizes, kept)
+    return Budget([weights_in(u, size) for u, size in zip(units, sizes)], True)
 
 
 def rank_globally(

@@ -7,13 +7,14 @@ forward pass ends as soon as the last layer of the stage has its input.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .data import Batch
 from .targets import Layer
 
 CHUNK = 1 << 24  # elements of unfolded input held at a time
@@ -21,25 +22,6 @@ CHUNK = 1 << 24  # elements of unfolded input held at a time
 
 class _StageDone(Exception):
     """Ends a forward pass whose remaining layers are not needed."""
-
-
-def read_batches(data) -> list[tuple[tuple, dict]]:
-    """Turn an iterable of calibration data into `(args, kwargs)` for the model, held in memory.
-
-    An item is an input or a pair `(input, target)`, also as the list a DataLoader yields; an input
-    is a tensor, a tuple of positional inputs, or a dict of keyword inputs.
-
-    Raises:
-        TypeError: `data` is no iterable, or an item is none of these.
-        ValueError: There is no item.
-    """
-    if isinstance(data, Tensor | Mapping | str) or not isinstance(data, Iterable):
-        got = type(data).__name__
-        raise TypeError(f"prune: expected data to be an iterable of batches, got {got}")
-    batches = [_read_input(item) for item in data]
-    if not batches:
-        raise ValueError("prune: expected data with at least one batch, got none")
-    return batches
 
 
 @contextmanager
@@ -58,7 +40,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class Calibration:
     """Runs the batches through the model and gathers one statistic per layer of a stage."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], batches, sequential: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        batches: Sequence[Batch],
+        sequential: bool,
+    ):
         """Find the stages with one run of the first batch; `sequential=False` makes one stage."""
         self.model, self.layers, self.batches = model, layers, batches
         calls = self._record_calls()
@@ -78,7 +66,7 @@ class Calibration:
             ValueError: A layer was never called, or its inputs are not finite.
         """
         sums: dict[int, Tensor] = {}
-        for args, kwargs in self.batches:
+        for args, kwargs, _ in self.batches:
             waiting, valid = set(stage), _token_mask(kwargs)
 
             def see(index, inputs, waiting=waiting, valid=valid):
@@ -96,7 +84,7 @@ class Calibration:
 
     def _record_calls(self) -> list[int]:
         calls: list[int] = []
-        args, kwargs = self.batches[0]
+        args, kwargs, _ = self.batches[0]
         self._run(range(len(self.layers)), lambda index, _: calls.append(index), args, kwargs)
         return calls
 
@@ -157,24 +145,6 @@ def _unfold(conv: nn.Module, inputs: Tensor) -> Tensor:
     kernel = range(3 + spatial, 3 + 2 * spatial)
     rows = windows.permute(1, 0, *places, 2, *kernel)
     return rows.reshape(conv.groups, -1, channels // conv.groups * conv.weight[0, 0].numel())
-
-
-def _read_input(item) -> tuple[tuple, dict]:
-    if isinstance(item, tuple | list):
-        if len(item) not in (1, 2):
-            raise TypeError(
-                "prune: expected each batch to be an input or a pair (input, target), with several "
-                f"inputs as ((a, b), target); got a {type(item).__name__} of {len(item)}"
-            )
-        item = item[0]
-    if isinstance(item, Mapping):
-        return (), dict(item)
-    if isinstance(item, tuple | list):
-        return tuple(item), {}
-    if not isinstance(item, Tensor):
-        got = type(item).__name__
-        raise TypeError(f"prune: expected inputs to be tensors, tuples or dicts, got {got}")
-    return (item,), {}
 
 
 def _split(order: Sequence[int], layers: Sequence[Layer]) -> list[list[int]]:

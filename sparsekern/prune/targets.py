@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
@@ -16,17 +16,25 @@ from ..patterns import Pattern
 
 @dataclass(frozen=True)
 class Layer:
-    """A prunable weight: the module that holds it, its name, and the other names of the weight."""
+    """A prunable weight: the module that holds it, its name, and the other names of the weight.
+
+    Attributes:
+        alive: None, or the weights that earlier prunings left, boolean `(out, in, *kernel)`.
+    """
 
     name: str
     module: nn.Module
     aliases: tuple[str, ...] = ()
+    alive: Tensor | None = field(default=None, compare=False)
 
     @property
     def weight(self) -> Tensor:
         """The weight as `(out, in, *kernel)`, sharing memory with the parameter."""
-        weight = self.module.weight.detach()
-        return weight.t() if is_conv1d_of_transformers(self.module) else weight
+        return self.oriented(self.module.weight.detach())
+
+    def oriented(self, tensor: Tensor) -> Tensor:
+        """Turn the parameter's layout into `(out, in, *kernel)`, or back."""
+        return tensor.t() if is_conv1d_of_transformers(self.module) else tensor
 
     @property
     def groups(self) -> int:
@@ -41,6 +49,17 @@ def is_conv1d_of_transformers(module: nn.Module) -> bool:
     """
     named = any(base.__name__ == "Conv1D" for base in type(module).__mro__)
     return named and hasattr(module, "nf")
+
+
+def parameters_of(model: nn.Module, layer: Layer) -> list[nn.Parameter]:
+    """List the parameters over a layer's memory: its own, and others tied to it by memory alone."""
+    own = layer.module.weight
+    key = _memory_key(own)
+    return [own] + [
+        p
+        for p in model.parameters()
+        if p is not own and p.shape == own.shape and _memory_key(p) == key
+    ]
 
 
 def find_layers(model, targets, ignore, pattern: Pattern) -> tuple[list[Layer], dict[str, str]]:

@@ -2,16 +2,44 @@
 
 from dataclasses import fields
 
+from .apoz import APoZ
 from .base import Method
+from .fpgm import FPGM
+from .grasp import GraSP
+from .lp import Lp
 from .magnitude import Magnitude
+from .movement import Movement
+from .obd import OptimalBrainDamage
 from .random import Random
+from .rigl import RigL
+from .set import SET
+from .skeletonization import Skeletonization
+from .slimming import Slimming
+from .snip import SNIP
 from .sparsegpt import SparseGPT
+from .srste import SRSTE
+from .synflow import SynFlow
+from .taylor import Taylor
 from .wanda import Wanda
 
 METHODS: dict[str, type[Method]] = {
+    "apoz": APoZ,
+    "fpgm": FPGM,
+    "grasp": GraSP,
+    "lp": Lp,
     "magnitude": Magnitude,
+    "movement": Movement,
+    "obd": OptimalBrainDamage,
     "random": Random,
+    "rigl": RigL,
+    "set": SET,
+    "skeletonization": Skeletonization,
+    "slimming": Slimming,
+    "snip": SNIP,
     "sparsegpt": SparseGPT,
+    "srste": SRSTE,
+    "synflow": SynFlow,
+    "taylor": Taylor,
     "wanda": Wanda,
 }
 
@@ -26,10 +54,10 @@ def make_method(name: str, options: dict) -> Method:
     if name not in METHODS:
         known = ", ".join(METHODS)
         raise ValueError(f"prune: expected method one of {known}; got {name!r}")
-    known = [f.name for f in fields(METHODS[name])]
+    known = [f.name for f in fields(METHODS[name]) if f.init]
     for option in options:
         if option not in known:
-            names = ", ".join(known)
+            names = ", ".join(known) or "none"
             raise TypeError(
                 f"prune: expected options of method {name!r} among {names}; got {option!r}"
             )

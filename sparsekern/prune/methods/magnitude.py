@@ -1,6 +1,7 @@
 """Magnitude pruning: small weights go."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,12 +15,15 @@ class Magnitude(Method):
     """Score `|w|^p`; a unit of several weights scores by its mean (Han et al. 2015).
 
     With p = 1 filters rank by their L1 norm (Li et al. 2017, arXiv:1608.08710), with p = 2 by L2.
+    While training with a gradual schedule, dropped weights keep their values aside and return when
+    others fall below them (Zhu & Gupta 2017, arXiv:1710.01878).
 
     Attributes:
         p: Power, > 0.
     """
 
     p: float = 1.0
+    returning: ClassVar[bool] = True
 
     def __post_init__(self):
         """Check the option."""

@@ -39,6 +39,7 @@ class SparseGPT(Method):
     blocksize: int = 128
     sequential: bool = True
     scope: ClassVar[str] = "uniform"
+    needs: ClassVar[str] = "data"
     statistic: ClassVar = staticmethod(_gram)
 
     def __post_init__(self):

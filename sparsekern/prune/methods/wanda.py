@@ -31,6 +31,7 @@ class Wanda(Method):
     sequential: bool = True
     scope: ClassVar[str] = "uniform"
     by_row: ClassVar[bool] = True
+    needs: ClassVar[str] = "data"
     statistic: ClassVar = staticmethod(_squared_norms)
 
     def score(self, layer: Layer, total: Tensor | None) -> Tensor:

@@ -1,0 +1,105 @@
+"""Keeping dropped weights at zero through the steps of an optimizer, whatever they remember."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .methods.base import Method, zero_out
+from .slots import MASK, Slot
+
+
+class Guard:
+    """The hooks of a Pruner.
+
+    Attributes:
+        stepped: The optimizer made a step that was not counted yet.
+        method: Says what it wants to see, and whether dropped weights are trained.
+        slots: The layers.
+        watches: Says whether the method sees the gradients of the coming step.
+        is_over: Says whether the schedule has made its last update.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        slots: Sequence[Slot],
+        watches: Callable[[], bool],
+        is_over: Callable[[], bool],
+    ):
+        self.method, self.slots, self.watches, self.is_over = method, slots, watches, is_over
+        self.stepped = self._paused = False
+
+    @property
+    def trains_dropped(self) -> bool:
+        """Say whether values of dropped weights go on changing."""
+        return self.method.trains_dropped and not self.is_over()
+
+    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Put masks beside the weights and hooks on gradients and optimizer."""
+        self.model = model
+        self.handles = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
+        for slot in self.slots:
+            slot.attach()
+            for parameter in slot.parameters:
+                if parameter.requires_grad:
+                    self.handles.append(parameter.register_hook(self._gradient_hook(slot)))
+
+    def detach(self) -> None:
+        """Take masks and hooks away."""
+        for handle in self.handles:
+            handle.remove()
+        for slot in self.slots:
+            slot.detach()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave gradients alone while scores are measured."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+
+    def _gradient_hook(self, slot: Slot) -> Callable[[Tensor], Tensor | None]:
+        # Here and not only before the step: clipping must not see gradients of dropped weights.
+        def hook(gradient):
+            if self._paused or self.watches() or self.trains_dropped:
+                return None
+            return gradient.masked_fill(~getattr(slot.layer.module, MASK), 0)
+
+        return hook
+
+    @torch.no_grad()
+    def _before_step(self, optimizer, args, kwargs) -> None:
+        for slot in self.slots:
+            gradients = [p.grad for p in slot.parameters if p.grad is not None]
+            if gradients and self.watches():
+                self._observe(slot, sum(gradients[1:], gradients[0]))
+            if not self.trains_dropped:
+                for gradient in gradients:
+                    gradient.masked_fill_(~getattr(slot.layer.module, MASK), 0)
+            elif slot.held is not None:
+                slot.put_back()
+                pull = slot.layer.oriented(slot.held)
+                for gradient in gradients:
+                    gradient.add_(pull.to(gradient), alpha=self.method.decay)
+
+    def _observe(self, slot: Slot, gradient: Tensor) -> None:
+        slot.put_back()
+        slot.seen = self.method.observe(slot.layer, slot.layer.oriented(gradient), slot.seen)
+        zero_out(slot.layer, slot.mask)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer, args, kwargs) -> None:
+        self.stepped = True
+        for slot in self.slots:
+            if self.trains_dropped:
+                slot.put_aside()
+            else:
+                zero_out(slot.layer, slot.mask)
+            self.method.settle(self.model, slot.layer, slot.mask)

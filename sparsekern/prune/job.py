@@ -1,0 +1,204 @@
+"""One update of the masks: method, pattern, scope and sparsity at work on the layers of a model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..patterns import NM, Pattern, parse
+from ..ranking import check_sparsity, kept_weights, weights_in
+from .allocation import Budget, allocate, check_scope, rank_globally
+from .calibration import Calibration, evaluating
+from .data import read_batches
+from .methods import make_method
+from .methods.base import Method, zero_out
+from .targets import Layer, find_layers, restored_on_error
+from .task import Task
+
+DEFAULT_SPARSITY = 0.9
+
+
+def prepare(
+    model, method, sparsity, pattern, scope, data, loss_fn, targets, ignore, options, training=False
+) -> tuple["Job", dict[str, str]]:
+    """Check everything a pruning needs, before anything changes.
+
+    Arguments are those of `prune`; `training` allows methods that work during training only.
+
+    Returns:
+        The job, and the layers left out with the reason.
+    """
+    chosen, pattern = make_method(method, options), parse(pattern)
+    _check_sparsity(sparsity, pattern)
+    if not chosen.one_shot and not training:
+        raise ValueError(
+            f"prune: expected a method that needs no training, got {method!r}; use "
+            f"Pruner(model, optimizer, method={method!r})"
+        )
+    if reason := chosen.misfit(pattern):
+        raise ValueError(f"prune: {reason}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"prune: expected loss_fn to be callable, got {type(loss_fn).__name__}")
+    scope = chosen.scope if scope is None else scope
+    layers, skipped = find_layers(model, targets, ignore, pattern)
+    check_scope(scope, layers, pattern)
+    if chosen.per_layer and scope == "global":
+        raise ValueError(
+            f"prune: expected a scope that gives each layer a budget (uniform, erk, lamp or a "
+            f"dict), which method {method!r} needs, got 'global'"
+        )
+    if sparsity is None and not isinstance(scope, Mapping):
+        sparsity = pattern.sparsity if isinstance(pattern, NM) else DEFAULT_SPARSITY
+    task = _make_task(model, method, chosen.needs, data, loss_fn)
+    return Job(chosen, pattern, scope, sparsity, layers, task), skipped
+
+
+def _check_sparsity(sparsity: float | None, pattern: Pattern) -> None:
+    if sparsity is not None:
+        check_sparsity("prune", sparsity)
+        if isinstance(pattern, NM):
+            pattern.check_agrees("prune", sparsity)
+
+
+def _make_task(model, method: str, needs: str, data, loss_fn) -> Task:
+    if not needs:
+        return Task(model)
+    for name, value in (("data", data), ("loss_fn", loss_fn)):
+        if value is None and (name == "data" or needs == "loss"):
+            raise ValueError(f"prune: expected {name}, which method {method!r} needs, got None")
+    return Task(model, read_batches(data), loss_fn)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One update of the masks.
+
+    Attributes:
+        method: Scores, and what becomes of the weights.
+        pattern: Which weights go together.
+        scope: How the budget is spread over layers.
+        sparsity: Share of zeros; with a dict for scope that of layers it does not name, or None.
+        layers: The layers, each with what is alive in it.
+        task: Model, data and loss.
+        totals: What the method observed while training, one tensor per layer, instead of measuring.
+    """
+
+    method: Method
+    pattern: Pattern
+    scope: str | Mapping[str, float]
+    sparsity: float | None
+    layers: list[Layer]
+    task: Task
+    totals: tuple[Tensor | None, ...] | None = None
+
+    def run(self) -> list[Tensor]:
+        """Choose the masks and set the dropped weights to zero; puts them back on failure."""
+        if self.method.statistic is not None:
+            return self._run_in_stages()
+        rounds = 1 if isinstance(self.pattern, NM) else self.method.rounds
+        job, masks = self, []
+        with restored_on_error(self.layers if rounds > 1 else ()):
+            for number in range(1, rounds + 1):
+                masks = job._softened(number / rounds)._run_at_once()
+                job = replace(
+                    job, layers=[replace(la, alive=m) for la, m in zip(job.layers, masks)]
+                )
+        return masks
+
+    @property
+    def _ranks_globally(self) -> bool:
+        return self.scope == "global" and not isinstance(self.pattern, NM)
+
+    def _softened(self, share: float) -> "Job":
+        """Give the job of an early round: densities to the power of `share`."""
+        if share == 1:
+            return self
+
+        def soften(sparsity: float | None) -> float | None:
+            return None if sparsity is None else 1 - (1 - sparsity) ** share
+
+        scope = self.scope
+        if isinstance(scope, Mapping):
+            scope = {name: soften(value) for name, value in scope.items()}
+        return replace(self, scope=scope, sparsity=soften(self.sparsity))
+
+    def _run_at_once(self) -> list[Tensor]:
+        """Choose all masks from the weights as they are, then apply them."""
+        totals = self.totals
+        if totals is None:
+            totals = self.method.measure(self.task, self.layers, self.pattern)
+            self.task.average([t for t in totals if t is not None])
+        if self._ranks_globally:
+            masks = self._choose_globally(totals)
+        else:
+            indices, totals = range(len(self.layers)), dict(enumerate(totals))
+            masks = self._each_layer(self.method.mask, indices, self._budget(), totals)
+        for layer, mask in zip(self.layers, masks):
+            zero_out(layer, mask)
+            self.method.settle(self.task.model, layer, mask)
+        return masks
+
+    def _choose_globally(self, totals) -> list[Tensor]:
+        scores = [
+            self.method.unit_ranks(layer, self.pattern, total).cpu()
+            for layer, total in zip(self.layers, totals)
+        ]
+        masks = []
+        for layer, units in zip(self.layers, self._rank(scores)):
+            weight = layer.weight
+            mask = self.pattern.expand(units, weight.shape).to(weight.device)
+            masks.append(mask if layer.alive is None else mask & layer.alive)
+        return masks
+
+    def _run_in_stages(self) -> list[Tensor]:
+        """Prune stage by stage on calibration data; global budgets come from a first dense run."""
+        masks: dict[int, Tensor] = {}
+        with evaluating(self.task.model), restored_on_error(self.layers):
+            runs = Calibration(
+                self.task.model, self.layers, self.task.batches, self.method.sequential
+            )
+            budget = self._global_budget(runs) if self._ranks_globally else self._budget()
+            for stage in runs.stages:
+                totals = self._gather(runs, stage)
+                found = self._each_layer(self.method.prune_layer, stage, budget, totals)
+                masks.update(zip(stage, found))
+        return [masks[i] for i in range(len(self.layers))]
+
+    def _gather(self, runs: Calibration, stage) -> dict[int, Tensor]:
+        totals = runs.gather(stage, self.method.statistic)
+        self.task.average([totals[i] for i in sorted(totals)])
+        return totals
+
+    def _budget(self) -> Budget:
+        return allocate(self.scope, self.layers, self.pattern, self.sparsity)
+
+    def _global_budget(self, runs: Calibration) -> Budget:
+        scores: dict[int, Tensor] = {}
+        for stage in runs.stages:
+            totals = self._gather(runs, stage)
+            for i in stage:
+                scores[i] = self.method.unit_ranks(self.layers[i], self.pattern, totals[i]).cpu()
+        units = self._rank([scores[i] for i in range(len(self.layers))])
+        shapes = [layer.weight.shape for layer in self.layers]
+        sizes = [self.pattern.unit_sizes(shape) for shape in shapes]
+        return Budget([weights_in(u, size) for u, size in zip(units, sizes)])
+
+    def _rank(self, scores: list[Tensor]) -> list[Tensor]:
+        shapes = [layer.weight.shape for layer in self.layers]
+        kept = kept_weights(sum(s.numel() for s in shapes), self.sparsity)
+        return rank_globally(scores, [self.pattern.unit_sizes(s) for s in shapes], kept)
+
+    def _each_layer(self, act, indices, budget: Budget, totals: Mapping) -> list[Tensor]:
+        masks = []
+        for i in indices:
+            layer, kept = self.layers[i], budget.of(i)
+            if kept >= layer.weight.numel():
+                whole = torch.ones_like(layer.weight, dtype=torch.bool)
+                mask = whole if layer.alive is None else layer.alive.clone()
+            else:
+                by_row = self.method.by_row and not self._ranks_globally
+                mask = act(layer, self.pattern, kept, totals.get(i), by_row)
+            budget.settle(i, int(mask.count_nonzero()))
+            masks.append(mask)
+        return masks

@@ -1,0 +1,381 @@
+"""Pruning while training: `Pruner`."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from ..patterns import NM, Pattern
+from . import sync
+from .guard import Guard
+from .job import DEFAULT_SPARSITY, Job, prepare
+from .methods.base import zero_out
+from .report import PruneReport, make_report
+from .schedules import Schedule
+from .slots import MASK, Slot
+from .targets import Layer, parameters_of, restored_on_error
+
+FORMAT = 1
+
+
+class Pruner:
+    """Prunes a model while it trains, and keeps what is pruned at zero.
+
+    ```python
+    pruner = sk.Pruner(model, optimizer, "rigl", sparsity=0.9, pattern="block:16x16")
+    for inputs, targets in loader:
+        optimizer.zero_grad()
+        loss_fn(model(inputs), targets).backward()
+        optimizer.step()
+        pruner.step()
+    pruner.finalize()
+    ```
+
+    The weights stay plain parameters under their own names. Masks lie beside them as boolean
+    buffers `weight_mask` (not in the model's state_dict) and change in place. Gradients of dropped
+    weights are set to zero before they reach anyone, and dropped weights after every
+    `optimizer.step()`, so neither momentum nor weight decay revives them; the optimizer's state at
+    dropped and at regrown weights is cleared. Steps that the optimizer skips (GradScaler) do not
+    count. Everything is deterministic, and identical on all ranks of a distributed run: scores and
+    gradients are averaged over them.
+
+    To resume, build model, optimizer and Pruner as before and load the three state_dicts, in any
+    order: training goes on bit by bit as if it had never stopped.
+
+    Attributes:
+        model: The model.
+        optimizer: Its optimizer.
+        schedule: The schedule.
+        steps: Optimizer steps so far.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        method: str = "magnitude",
+        sparsity: float | None = None,
+        pattern: str | Pattern = "unstructured",
+        scope: str | Mapping[str, float] | None = None,
+        schedule: Schedule | None = None,
+        data: Iterable | None = None,
+        loss_fn=None,
+        targets: type | Sequence[type] = (nn.Linear, nn.Conv2d),
+        ignore: str | type | Iterable[str | type] = (),
+        **method_options,
+    ):
+        """Check everything, and prune at once if the schedule has an update at step 0.
+
+        Arguments are those of `prune`, and:
+
+        Args:
+            model: Model on the device it trains on.
+            optimizer: Holds the weights of at least one layer.
+            method: Those of `prune`, and `"rigl"`, `"set"`, `"movement"` and `"srste"`.
+            sparsity: That of the schedule's end; default the schedule's, the pattern's, or 0.9.
+            pattern: As for `prune`. N:M under a gradual schedule passes through (N + k):M.
+            scope: As for `prune`. The sparsities of a dict grow in step with the schedule.
+            schedule: A `sparsekern.schedules` object; default the method's own: one shot at step 0,
+                every 100 steps for rigl and set, every step for srste.
+            data: As for `prune`, read once and held in memory.
+            loss_fn: As for `prune`.
+            targets: As for `prune`.
+            ignore: As for `prune`.
+            **method_options: Fields of the method's class.
+
+        Raises:
+            ValueError: As for `prune`; sparsity and schedule that disagree; an optimizer that holds
+                none of the weights; a model that has a Pruner already.
+            TypeError: An argument of the wrong type, or an unknown method option.
+        """
+        _check_types(optimizer, schedule)
+        final = _final_sparsity(sparsity, schedule)
+        self.model, self.optimizer, self.steps = model, optimizer, 0
+        self._name = method
+        common = (pattern, scope, data, loss_fn, targets, ignore, method_options)
+        self._job, self._skipped = prepare(model, method, final, *common, training=True)
+        if sparsity is None and isinstance(self._job.scope, Mapping):
+            self._job = replace(self._job, sparsity=None)
+        self._job = replace(self._job, task=replace(self._job.task, distributed=True))
+        self.schedule = schedule or self._default_schedule()
+        self._slots = [Slot(la, parameters_of(model, la)) for la in self._job.layers]
+        self._check_free()
+        self._finished = self._pruned = False
+        self._undo: list[tuple[Tensor, int]] | None = None
+        self._guard = Guard(self._job.method, self._slots, self._watches, self._is_over)
+        self._guard.attach(model, optimizer)
+        try:
+            self._begin()
+        except BaseException:
+            self._guard.detach()
+            raise
+
+    def step(self) -> bool:
+        """Count an optimizer step and, where the schedule says so, choose the masks anew.
+
+        Call it after `optimizer.step()`.
+
+        Returns:
+            True if the masks were chosen anew.
+
+        Raises:
+            RuntimeError: The pruner is finalized.
+            ValueError: Scores that are NaN, or gradients that a method needs and that are missing;
+                weights and masks stay as they were.
+        """
+        self._check_alive("step")
+        if not self._guard.stepped:
+            return False
+        self._guard.stepped, self._undo = False, None
+        self.steps += 1
+        if not self.schedule.is_update(self.steps):
+            return False
+        self._update()
+        return True
+
+    def report(self) -> PruneReport:
+        """Count the zeros that are in the weights now."""
+        job = self._job
+        return make_report(self._name, job.pattern, job.scope, self.layers, self._skipped)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The layers, in module order."""
+        return [slot.layer for slot in self._slots]
+
+    @property
+    def pattern(self) -> Pattern:
+        """The pattern at the end of the schedule."""
+        return self._job.pattern
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """The masks by layer name, True = kept, in the layout of the parameters."""
+        self._check_alive("masks")
+        return {slot.layer.name: getattr(slot.layer.module, MASK) for slot in self._slots}
+
+    def set_masks(self, masks: Mapping[str, Tensor]) -> None:
+        """Replace masks by hand, and forget the values of dropped weights.
+
+        Args:
+            masks: Boolean masks by layer name, in the layout of the parameters.
+
+        Raises:
+            ValueError: A name or shape that does not fit, or not boolean; nothing changes.
+        """
+        self._check_alive("set_masks")
+        slots = {slot.layer.name: slot for slot in self._slots}
+        for name, mask in masks.items():
+            if name not in slots:
+                raise ValueError(f"Pruner.set_masks: expected names of {list(slots)}, got {name!r}")
+            wanted = slots[name].layer.module.weight.shape
+            if mask.dtype != torch.bool or mask.shape != wanted:
+                raise ValueError(
+                    f"Pruner.set_masks: expected a boolean mask of shape {tuple(wanted)} for layer "
+                    f"{name!r}, got {mask.dtype} {tuple(mask.shape)}"
+                )
+        for name, mask in masks.items():
+            self._install(slots[name], slots[name].layer.oriented(mask))
+        self.forget()
+
+    def forget(self) -> None:
+        """Set dropped weights to zero and forget the values kept aside for them."""
+        for slot in self._slots:
+            if slot.held is not None:
+                slot.held.zero_()
+            zero_out(slot.layer, slot.mask)
+
+    def state_dict(self) -> dict:
+        """Give everything needed to resume: plain numbers, strings and tensors, masks as bits."""
+        self._check_alive("state_dict")
+        generator = getattr(self._job.method, "generator", None)
+        return {
+            "format": FORMAT,
+            "method": self._name,
+            "pattern": str(self._job.pattern),
+            "steps": self.steps,
+            "stepped": self._guard.stepped,
+            "pruned": self._pruned,
+            "generator": None if generator is None else generator.get_state(),
+            "layers": {slot.layer.name: slot.state_dict() for slot in self._slots},
+        }
+
+    def load_state_dict(self, state: Mapping) -> None:
+        """Take up a saved state; the schedule is the one this pruner was made with.
+
+        Args:
+            state: From `state_dict`.
+
+        Raises:
+            ValueError: Another method, pattern or set of layers, or masks that do not fit; nothing
+                changes.
+        """
+        self._check_alive("load_state_dict")
+        self._check_state(state)
+        found = [slot.read(state["layers"][slot.layer.name]) for slot in self._slots]
+        self._undo_begin()
+        for slot, (mask, held, seen) in zip(self._slots, found):
+            slot.mask.copy_(mask)
+            slot.held, slot.seen = held, seen
+            zero_out(slot.layer, mask)
+        self.steps, self._guard.stepped = state["steps"], state["stepped"]
+        self._pruned = state["pruned"]
+        if state["generator"] is not None:
+            self._job.method.generator.set_state(state["generator"])
+
+    def finalize(self) -> PruneReport:
+        """Stop: remove masks and hooks. The zeros are in the weights, ready for conversion.
+
+        Returns:
+            The report.
+        """
+        self._check_alive("finalize")
+        self.forget()
+        self._guard.detach()
+        self._finished = True
+        return self.report()
+
+    def _default_schedule(self) -> Schedule:
+        job, sparsity = self._job, self._job.sparsity
+        if sparsity is None:
+            sparsity = job.pattern.sparsity if isinstance(job.pattern, NM) else DEFAULT_SPARSITY
+        return job.method.schedule(sparsity)
+
+    def _check_free(self) -> None:
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        if not any(id(p) in held for slot in self._slots for p in slot.parameters):
+            raise ValueError(
+                "Pruner: expected an optimizer that holds weights of the model, got one that holds "
+                "none of them"
+            )
+        for slot in self._slots:
+            if slot.is_taken:
+                raise ValueError(
+                    f"Pruner: expected a model without another pruner, got one on layer "
+                    f"{slot.layer.name!r}; finalize that first"
+                )
+
+    def _check_alive(self, what: str) -> None:
+        if self._finished:
+            raise RuntimeError(f"Pruner.{what}: expected a pruner in use, got one finalized")
+
+    def _check_state(self, state: Mapping) -> None:
+        names = [slot.layer.name for slot in self._slots]
+        own = {"format": FORMAT, "method": self._name, "pattern": str(self._job.pattern)}
+        for key, wanted in (*own.items(), ("layers", names)):
+            got = list(state["layers"]) if key == "layers" else state.get(key)
+            if got != wanted:
+                raise ValueError(f"Pruner.load_state_dict: expected {key} {wanted!r}, got {got!r}")
+
+    def _begin(self) -> None:
+        """Make the update of step 0, and remember how to take it back for `load_state_dict`."""
+        if not self.schedule.is_update(0):
+            return
+        before = [slot.layer.weight.clone() for slot in self._slots]
+        self._update()
+        versions = [slot.layer.module.weight._version for slot in self._slots]
+        self._undo = list(zip(before, versions))
+
+    def _undo_begin(self) -> None:
+        # If the model was loaded before the pruner was made, its weights went through the first
+        # update; if after, they are new, which their version tells.
+        for slot, (before, version) in zip(self._slots, self._undo or ()):
+            if slot.layer.module.weight._version == version:
+                slot.layer.weight.copy_(before)
+        self._undo = None
+
+    def _is_over(self) -> bool:
+        last = self.schedule.last
+        return last is not None and self.steps >= last
+
+    def _watches(self) -> bool:
+        watches = self._job.method.watches
+        if watches == "updates":
+            return self.schedule.is_update(self.steps + 1)
+        return watches == "steps" and not self._is_over()
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        """Choose the masks of this step; on failure weights and masks stay as they were."""
+        sparsity, method = self.schedule.sparsity(self.steps), self._job.method
+        with restored_on_error(self.layers), self._guard.paused():
+            if method.returning:
+                for slot in self._slots:
+                    slot.put_back()
+            dense = [
+                slot.layer.weight.clone() if method.returning else None for slot in self._slots
+            ]
+            masks = self._choose(sparsity)
+        sync.broadcast(masks)
+        for slot, mask, values in zip(self._slots, masks, dense):
+            self._install(slot, mask)
+            if method.returning and not self._is_over():
+                slot.held = values.masked_fill(mask, 0)
+            else:
+                slot.held = None
+            if method.watches == "updates" or self._is_over():
+                slot.seen = None
+            zero_out(slot.layer, mask)
+        self._pruned = self._pruned or sparsity > 0
+
+    def _choose(self, sparsity: float) -> list[Tensor]:
+        job, pattern = self._job_at(sparsity), self._pattern_at(sparsity)
+        if sparsity == 0 or pattern is None:
+            return [torch.ones_like(slot.mask) for slot in self._slots]
+        return replace(job, pattern=pattern).run()
+
+    def _job_at(self, sparsity: float) -> Job:
+        """The job at a sparsity on the way to the final one."""
+        job, share = self._job, sparsity / self.schedule.final if self.schedule.final else 0.0
+        if isinstance(job.scope, Mapping):
+            scope = {name: value * share for name, value in job.scope.items()}
+            rest = None if job.sparsity is None else job.sparsity * share
+            job = replace(job, scope=scope, sparsity=rest)
+        else:
+            job = replace(job, sparsity=sparsity)
+        alive = self._pruned and not job.method.returning
+        layers = [replace(s.layer, alive=s.mask.clone() if alive else None) for s in self._slots]
+        method = job.method.at(self.steps, self.schedule)
+        seen = tuple(slot.seen for slot in self._slots) if method.watches else None
+        if seen is not None:
+            sync.average(tensor for tensor in seen if tensor is not None)
+        return replace(job, layers=layers, method=method, totals=seen)
+
+    def _pattern_at(self, sparsity: float) -> Pattern | None:
+        """N:M on its way: as many of M as the schedule wants; None while that is all of them."""
+        pattern = self._job.pattern
+        if not isinstance(pattern, NM):
+            return pattern
+        # A hair less, so that 2 of 4 at sparsity 0.5 does not round up to 3.
+        kept = math.ceil((1 - sparsity) * pattern.m - 1e-6)
+        return None if kept >= pattern.m else NM(max(kept, pattern.n), pattern.m)
+
+    def _install(self, slot: Slot, mask: Tensor) -> None:
+        """Change a mask in place; the optimizer forgets what it knew of changed weights."""
+        mask = mask.to(slot.mask.device)
+        if not self._guard.trains_dropped:
+            # What was trained behind the mask knows its momentum; what was still does not.
+            grown = mask & ~slot.mask if not self._job.method.trains_dropped else False
+            slot.clear_state(self.optimizer, ~mask | grown)
+        slot.mask.copy_(mask)
+
+
+def _check_types(optimizer, schedule) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        got = type(optimizer).__name__
+        raise TypeError(f"Pruner: expected a torch.optim.Optimizer, got {got}")
+    if schedule is not None and not isinstance(schedule, Schedule):
+        got = type(schedule).__name__
+        raise TypeError(f"Pruner: expected a schedule of sparsekern.schedules, got {got}")
+
+
+def _final_sparsity(sparsity: float | None, schedule: Schedule | None) -> float | None:
+    if schedule is None:
+        return sparsity
+    if sparsity is not None and sparsity != schedule.final:
+        raise ValueError(
+            f"Pruner: expected sparsity {schedule.final!r}, as the schedule ends, got {sparsity!r}"
+        )
+    return schedule.final

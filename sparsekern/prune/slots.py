@@ -1,0 +1,107 @@
+"""What the Pruner holds for each layer: its mask, and values and observations kept aside."""
+
+import weakref
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .bits import pack, unpack
+from .methods.base import zero_out
+from .targets import Layer
+
+MASK = "weight_mask"
+# Modules under a Pruner. Their mask does not tell: a deepcopy has it, too.
+_taken: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+@dataclass
+class Slot:
+    """One layer under a Pruner.
+
+    Attributes:
+        layer: The layer.
+        parameters: Its weight, and other parameters over the same memory.
+        held: Values of the dropped weights, `(out, in, *kernel)`, 0 where kept; None if not needed.
+        seen: What the method observed, `(out, in, *kernel)`, or None.
+    """
+
+    layer: Layer
+    parameters: list[nn.Parameter]
+    held: Tensor | None = None
+    seen: Tensor | None = None
+
+    @property
+    def is_taken(self) -> bool:
+        """Say whether another Pruner is at work on the layer."""
+        return self.layer.module in _taken
+
+    def attach(self) -> None:
+        """Put a mask of ones beside the weight, in its layout."""
+        _taken.add(self.layer.module)
+        mask = torch.ones_like(self.layer.module.weight, dtype=torch.bool)
+        self.layer.module.register_buffer(MASK, mask, persistent=False)
+
+    def detach(self) -> None:
+        """Take the mask away and forget what is kept aside."""
+        delattr(self.layer.module, MASK)
+        _taken.discard(self.layer.module)
+        self.held = self.seen = None
+
+    @property
+    def mask(self) -> Tensor:
+        """The mask, `(out, in, *kernel)`, sharing memory with the buffer."""
+        return self.layer.oriented(getattr(self.layer.module, MASK))
+
+    def put_back(self) -> None:
+        """Give dropped weights the values that are kept aside."""
+        if self.held is not None:
+            weight = self.layer.weight
+            weight.copy_(torch.where(self.mask, weight, self.held.to(weight)))
+
+    def put_aside(self) -> None:
+        """Keep the values of dropped weights, and set the weights to zero."""
+        self.held = self.layer.weight.masked_fill(self.mask, 0)
+        zero_out(self.layer, self.mask)
+
+    def clear_state(self, optimizer, cells: Tensor) -> None:
+        """Set the optimizer's state (momentum and the like) to zero at some weights."""
+        cells = self.layer.oriented(cells)
+        for parameter in self.parameters:
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value.masked_fill_(cells.to(value.device), 0)
+
+    def state_dict(self) -> dict:
+        """Give the state as tensors, the mask packed to bits and held values only where dropped."""
+        mask = self.mask
+        state = {"shape": tuple(mask.shape), "mask": pack(mask)}
+        if self.held is not None:
+            state["held"] = self.held[~mask].clone()
+        if self.seen is not None:
+            state["seen"] = self.seen.clone()
+        return state
+
+    def read(self, state: dict) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Check a saved state and give mask, held and seen, without changing anything."""
+        where = f"Pruner.load_state_dict: layer {self.layer.name!r}"
+        weight, held, seen = self.layer.weight, state.get("held"), state.get("seen")
+        if tuple(state["shape"]) != tuple(weight.shape):
+            raise ValueError(
+                f"{where}: expected a mask of shape {tuple(weight.shape)}, got "
+                f"{tuple(state['shape'])}"
+            )
+        try:
+            mask = unpack(state["mask"], weight.shape).to(weight.device)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        dropped = mask.numel() - int(mask.count_nonzero())
+        if held is not None and held.shape != (dropped,):
+            raise ValueError(f"{where}: expected {dropped} held values, got {tuple(held.shape)}")
+        if seen is not None and seen.shape != weight.shape:
+            raise ValueError(f"{where}: expected seen like the weight, got {tuple(seen.shape)}")
+        if held is not None:
+            values = torch.zeros_like(weight)
+            values[~mask] = held.to(values)
+            held = values
+        return mask, held, None if seen is None else seen.to(weight.device).clone()

@@ -1,0 +1,53 @@
+"""Models, data and measuring for the tests of pruning methods."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sparsekern import patterns
+from sparsekern.prune.data import read_batches
+from sparsekern.prune.methods import make_method
+from sparsekern.prune.targets import find_layers
+from sparsekern.prune.task import Task
+
+GENERATOR = torch.Generator().manual_seed(3)
+X = torch.randn(12, 8, generator=GENERATOR, dtype=torch.float64)
+Y = torch.randint(0, 4, (12,), generator=GENERATOR)
+BATCHES = [(X[:5], Y[:5]), (X[5:], Y[5:])]
+LOSS = {"data": BATCHES, "loss_fn": F.cross_entropy}
+
+
+def mlp(act=nn.Tanh, bias=True):
+    torch.manual_seed(0)
+    layers = nn.Linear(8, 12, bias), act(), nn.Linear(12, 8, bias), act(), nn.Linear(8, 4, bias)
+    return nn.Sequential(*layers).double()
+
+
+def cnn():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=2),
+        nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 16, 4),
+    ).double()  # fmt: skip
+
+
+IMAGES = torch.randn(6, 4, 6, 6, generator=GENERATOR, dtype=torch.float64)
+LABELS = torch.randint(0, 4, (6,), generator=GENERATOR)
+
+
+def weights(model):
+    return [m.weight.detach() for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+
+
+def measured(
+    model, method, pattern="unstructured", batches=BATCHES, loss=F.cross_entropy, **options
+):
+    """What a method measures on every layer, and the scores it makes of it."""
+    pattern, method = patterns.parse(pattern), make_method(method, options)
+    layers, _ = find_layers(model, (nn.Linear, nn.Conv2d), (), pattern)
+    totals = method.measure(Task(model, read_batches(batches), loss), layers, pattern)
+    return [
+        method.score(layer, total) if pattern == patterns.parse("unstructured")
+        else method.unit_scores(layer, pattern, total)
+        for layer, total in zip(layers, totals)
+    ]  # fmt: skip

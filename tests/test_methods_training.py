@@ -1,0 +1,169 @@
+"""Update rules against explicit copies: masks in the forward pass and hand-made optimizers."""
+
+import math
+
+import pytest
+import torch
+from methods_common import X, Y, mlp, weights
+from torch import nn
+from torch.nn import functional as F
+
+from sparsekern import patterns
+from sparsekern.prune import Pruner, schedules
+from sparsekern.prune.methods import make_method
+
+
+def regrow_reference(weight, alive, growth, kept, share):
+    """Algorithm 1 of RigL on flat lists."""
+    weight, alive, growth = weight.flatten(), alive.flatten(), growth.flatten()
+    active = sorted(alive.nonzero().flatten().tolist(), key=lambda i: -abs(float(weight[i])))
+    held = active[: math.floor(kept * (1 - share) + 0.5)]
+    rest = [i for i in range(weight.numel()) if i not in set(held)]
+    grown = sorted(rest, key=lambda i: -float(growth[i]))[: kept - len(held)]
+    return torch.zeros(weight.numel(), dtype=torch.bool).index_fill(
+        0, torch.tensor(held + grown), True
+    )
+
+
+def test_rigl_drops_small_weights_and_grows_by_the_dense_gradient():
+    model = mlp(nn.Tanh)
+    optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9)
+    schedule = schedules.Constant(0.7, every=3, end=12)
+    pruner = Pruner(model, optimizer, "rigl", scope="uniform", schedule=schedule, fraction=0.4)
+    regrown = 0
+    for step in range(1, 14):
+        before = [m.clone() for m in pruner.masks.values()]
+        values = [w.clone() for w in weights(model)]
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(X), Y)
+        dense = torch.autograd.grad(loss, [model[i].weight for i in (0, 2, 4)], retain_graph=True) \
+            if schedule.is_update(step) else None  # fmt: skip
+        loss.backward()
+        optimizer.step()
+        after_step = [w.clone() for w in weights(model)]
+        if not pruner.step():
+            assert all(torch.equal(a, b) for a, b in zip(before, pruner.masks.values()))
+            continue
+        share = 0.4 / 2 * (1 + math.cos(math.pi * step / 12))
+        for old, new, gradient, weight, now, value in zip(
+            before, pruner.masks.values(), dense, after_step, weights(model), values
+        ):
+            wanted = regrow_reference(weight, old, gradient.abs(), int(old.sum()), share)
+            assert torch.equal(new.flatten(), wanted) and new.sum() == old.sum()
+            grown = new & ~old
+            regrown += int(grown.sum())
+            assert (now[grown] == 0).all() and (value[~old] == 0).all()
+    assert regrown > 5
+    weight = model[0].weight
+    assert (optimizer.state[weight]["momentum_buffer"][~pruner.masks["0"]] == 0).all()
+
+
+def test_rigl_does_nothing_at_the_end_of_its_schedule_and_moves_forever_without_one():
+    method = make_method("rigl", {})
+    ending = schedules.Constant(0.5, 10, 100)
+    shares = [method.at(t, ending).share for t in (0, 50, 100, 200)]
+    assert shares == pytest.approx([0.3, 0.15, 0, 0])
+    assert method.at(500, schedules.Constant(0.5, 10)).share == 0.3
+    assert method.schedule(0.8) == schedules.Constant(0.8, 100)
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block:4x4", "vector:1x4", "filter"])
+@pytest.mark.parametrize("method", ["rigl", "set"])
+def test_regrowing_keeps_pattern_and_count(method, pattern):
+    model, parsed = mlp(), patterns.parse(pattern)
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    schedule = schedules.Constant(0.5, every=1)
+    pruner = Pruner(model, optimizer, method, pattern=pattern, scope="uniform", schedule=schedule)
+    first = {n: m.clone() for n, m in pruner.masks.items()}
+    for _ in range(4):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        pruner.step()
+        for name, mask in pruner.masks.items():
+            assert parsed.verify(mask) and mask.sum() == first[name].sum() == mask.numel() // 2
+    assert any(not torch.equal(mask, first[name]) for name, mask in pruner.masks.items())
+
+
+def test_set_keeps_the_largest_and_grows_at_random_by_its_seed():
+    masks = []
+    for seed in (0, 0, 1):
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), 0.3)
+        schedule = schedules.Constant(0.5, every=1)
+        options = {"start": "magnitude", "seed": seed, "fraction": 0.5}
+        pruner = Pruner(model, optimizer, "set", scope="uniform", schedule=schedule, **options)
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        values = model[0].weight.detach().abs().flatten()
+        pruner.step()
+        held = values.topk(24).indices  # half of the 48 kept
+        assert pruner.masks["0"].flatten()[held].all() and pruner.masks["0"].sum() == 48
+        masks.append(pruner.masks["0"].clone())
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
+
+
+def test_movement_is_training_scores_straight_through():
+    """Against a copy with explicit score parameters, masks in the forward pass and its own SGD."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4).double()
+    weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
+    scores, mask = torch.zeros(4, 8, dtype=torch.float64), torch.ones(4, 8, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    schedule = schedules.Cubic(0, 0.6, 2, 14, 2)
+    pruner = Pruner(model, optimizer, "movement", schedule=schedule)
+    returned = 0
+    for step in range(1, 18):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        pruner.step()
+        effective, b = (weight * mask).requires_grad_(), bias.clone().requires_grad_()
+        F.cross_entropy(F.linear(X, effective, b), Y).backward()
+        scores -= 0.01 * effective.grad * weight  # dL/dS = dL/dW' W
+        weight, bias = weight - 0.5 * effective.grad * mask, bias - 0.5 * b.grad
+        if schedule.is_update(step):
+            new = patterns.Unstructured().mask(scores, schedule.sparsity(step)).double()
+            returned += int((new * (1 - mask)).sum())
+            mask = new
+        torch.testing.assert_close(model.weight.detach(), weight * mask)
+    assert pruner.report().zeros == 19 and returned > 0
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+def test_srste_is_its_update_rule_with_momentum(pattern, decay):
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4).double()
+    parsed, sparsity = patterns.parse(pattern), 0.5
+    w = model.weight.detach().clone().requires_grad_()
+    b = model.bias.detach().clone().requires_grad_()
+    reference = torch.optim.SGD([w, b], 0.3, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9)
+    schedule = schedules.Constant(sparsity, every=1, end=10)
+    pruner = Pruner(model, optimizer, "srste", pattern=pattern, schedule=schedule, decay=decay)
+    moved, first = 0, pruner.masks[""].clone()
+    for step in range(1, 15):
+        mask = pruner.masks[""].clone()
+        with torch.no_grad():
+            masked = w * mask
+        masked.requires_grad_()
+        loss = F.cross_entropy(F.linear(X, masked, b), Y)
+        reference.zero_grad()
+        gradient, b.grad = torch.autograd.grad(loss, [masked, b])
+        w.grad = gradient + decay * ~mask * w.detach() if step <= 10 else gradient * mask
+        if step == 11:  # frozen: dropped weights and their momentum are gone
+            reference.state[w]["momentum_buffer"].mul_(mask)
+        reference.step()
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        pruner.step()
+        new = pruner.masks[""]
+        if step <= 10:
+            assert torch.equal(new, parsed.mask(w.detach().abs(), sparsity))
+            moved += int((new != mask).sum())
+        else:
+            assert torch.equal(new, mask)
+        torch.testing.assert_close(model.weight.detach(), (w * new).detach())
+    assert moved > 0 and not torch.equal(first, new)
