@@ -8,7 +8,20 @@ from .doctor import doctor
 from .fold import fold_batchnorm
 from .measure import Comparison, compare
 from .nn import SparseConv2d, SparseLinear
-from .prune import PruneReport, prune
+from .prune import (
+    LotteryTicket,
+    Pruner,
+    PruneReport,
+    distillation_loss,
+    layer_collapse,
+    mask_overlap,
+    owl,
+    prune,
+    recalibrate_batchnorm,
+    schedules,
+    sensitivity,
+    slimming_penalty,
+)
 from .storage import load, save
 from .weights import CSRWeight
 
@@ -16,6 +29,16 @@ __version__ = "0.1.0"
 __all__ = [
     "prune",
     "PruneReport",
+    "Pruner",
+    "schedules",
+    "sensitivity",
+    "LotteryTicket",
+    "owl",
+    "recalibrate_batchnorm",
+    "distillation_loss",
+    "slimming_penalty",
+    "layer_collapse",
+    "mask_overlap",
     "convert_to_sparse",
     "report",
     "to_dense",
