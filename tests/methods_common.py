@@ -1,5 +1,6 @@
 """Models, data and measuring for the tests of pruning methods."""
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -9,6 +10,16 @@ from sparsekern.prune.data import read_batches
 from sparsekern.prune.methods import make_method
 from sparsekern.prune.targets import find_layers
 from sparsekern.prune.task import Task
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny tensors on several threads mostly wait, above all where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 GENERATOR = torch.Generator().manual_seed(3)
 X = torch.randn(12, 8, generator=GENERATOR, dtype=torch.float64)

@@ -1,10 +1,21 @@
 """Models and trainings for the tests of the Pruner."""
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from sparsekern.prune import Pruner, schedules
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny tensors on several threads mostly wait, above all where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
 
 X = torch.randn(48, 16, generator=torch.Generator().manual_seed(7))
 Y = torch.randint(0, 4, (48,), generator=torch.Generator().manual_seed(8))

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from methods_common import (
+from methods_common import (  # noqa: F401
     BATCHES,
     GENERATOR,
     IMAGES,
@@ -17,6 +17,7 @@ from methods_common import (
     cnn,
     measured,
     mlp,
+    one_thread,
     weights,
 )
 from torch import nn

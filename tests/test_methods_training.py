@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from methods_common import X, Y, mlp, weights
+from methods_common import X, Y, mlp, one_thread, weights  # noqa: F401
 from torch import nn
 from torch.nn import functional as F
 

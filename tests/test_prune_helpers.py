@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from pruner_common import one_thread  # noqa: F401
 from torch import nn
 from torch.nn import functional as F
 

@@ -4,7 +4,19 @@ import math
 
 import pytest
 import torch
-from pruner_common import CASES, X, Y, backward, make_pruner, mlp, sgd, state, train, weights
+from pruner_common import (  # noqa: F401
+    CASES,
+    X,
+    Y,
+    backward,
+    make_pruner,
+    mlp,
+    one_thread,
+    sgd,
+    state,
+    train,
+    weights,
+)
 from torch import nn
 from torch.nn import functional as F
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from pruner_common import X, Y, backward, make_pruner, mlp, sgd, state, train
+from pruner_common import X, Y, backward, make_pruner, mlp, one_thread, sgd, state, train  # noqa: F401
 from torch.nn import functional as F
 
 from sparsekern.prune import Pruner, schedules
