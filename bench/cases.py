@@ -179,7 +179,7 @@ _summary = (
     Linear(1024, 1024, 512, training=True),
 )
 
-BLOCKS = (("block:16x16", SPARSITIES), ("block:32x32", SPARSITIES))
+BLOCKS = tuple((p, SPARSITIES) for p in ("block:16x16", "block:32x32", "vector:4x1"))
 SUITES = {
     "summary": Suite(_summary, (("unstructured", SPARSITIES),)),
     "linear": Suite(_linear, (("unstructured", WIDE), ("2:4", (0.5,)), *BLOCKS)),
