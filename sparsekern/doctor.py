@@ -13,8 +13,8 @@ from sparsekern.measure.energy import POWERCAP, find_meter
 from sparsekern.measure.hardware import hardware
 
 OPTIONAL_PACKAGES = {
-    "matplotlib": ("plots in HTML reports", 'pip install "sparsekern[report]"'),
-    "jinja2": ("HTML reports", 'pip install "sparsekern[report]"'),
+    "matplotlib": ("plots in HTML reports", "pip install matplotlib jinja2"),
+    "jinja2": ("HTML reports", "pip install matplotlib jinja2"),
     "transformers": ("bench models from transformers", "pip install transformers"),
 }
 

@@ -469,7 +469,7 @@ def test_missing_report_packages_are_named(comparison, tmp_path, monkeypatch):
     monkeypatch.setattr(
         reports.importlib.util, "find_spec", lambda p: None if p == "jinja2" else find(p)
     )
-    with pytest.raises(ImportError, match=r'needs the package jinja2; pip install "sparsekern'):
+    with pytest.raises(ImportError, match=r"needs the package jinja2; pip install jinja2"):
         comparison.to_html(tmp_path / "r.html")
 
 

@@ -79,7 +79,7 @@ def _require_packages(op: str) -> None:
     missing = [p for p in ("matplotlib", "jinja2") if importlib.util.find_spec(p) is None]
     if missing:
         raise ImportError(
-            f'{op}: needs the package {" and ".join(missing)}; pip install "sparsekern[report]"'
+            f"{op}: needs the package {' and '.join(missing)}; pip install {' '.join(missing)}"
         )
 
 
