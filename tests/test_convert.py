@@ -376,3 +376,23 @@ def test_cache_that_cannot_be_written(monkeypatch):
     with pytest.warns(UserWarning, match="tuning results were not kept, cannot write"):
         model = sk.convert_to_sparse(wide(), torch.randn(4, 512))
     assert sk.report(model).n_sparse == 2
+
+
+def test_without_kernels_nothing_is_converted(monkeypatch):
+    """The plain torch reference is never faster than dense, so a threshold must not choose it."""
+    from sparsekern import sites
+
+    monkeypatch.setattr(sites, "_C", None)
+    model = sk.convert_to_sparse(wide())
+    assert "CSRWeight" not in kinds(model)
+    assert "not compiled, see `sparsekern doctor`" in sk.report(model).layers[0].reason
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_layers_stay_dense_and_results_agree():
+    model, x = wide().cuda(), torch.randn(8, 512).cuda()
+    assert "no sparse kernel on cuda" in sk.report(sk.convert_to_sparse(model, x)).layers[0].reason
+    layer = sk.SparseLinear(64, 32, sparsity=0.8)
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), layer.cpu()(x))
