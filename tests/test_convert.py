@@ -62,9 +62,10 @@ def test_converts_what_wins_and_keeps_the_outputs(one_thread):
 
 
 def test_keeps_dense_where_sparse_loses(one_thread):
-    model = wide(sparsity=0.35)  # far too dense for any kernel here
+    # One token through tiny layers: the call itself costs more than the product, on any machine.
+    model = sparsified(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), 0.5)
     before = copy.deepcopy(model)
-    x = torch.randn(256, 512)
+    x = torch.randn(1, 64)
     sk.convert_to_sparse(model, x)
     assert "CSRWeight" not in kinds(model)
     assert torch.equal(model(x), before(x))
