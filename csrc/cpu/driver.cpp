@@ -115,7 +115,10 @@ TransposedHolder get_transposed(const std::string& op, const Pattern& p,
 
 namespace {
 
-// Grows and never shrinks: a layer is called again and again with the same shapes.
+// Kept from call to call: a layer is called again and again with the same shapes. A large buffer is
+// given back when a call needs far less of it.
+constexpr int64_t kLargeScratch = int64_t{16} << 20;  // floats
+
 struct Scratch {
   float* data = nullptr;
   int64_t size = 0;
@@ -157,9 +160,10 @@ Source shifted(const Source& s, ImageSource* image, int64_t channels) {
 float* thread_scratch(ScratchSlot slot, int64_t floats) {
   static thread_local Scratch slots[kScratchSlots];
   Scratch& scratch = slots[slot];
-  if (floats > scratch.size) {
+  const bool wasteful = scratch.size > kLargeScratch && floats < scratch.size / 4;
+  if (floats > scratch.size || wasteful) {
     std::free(scratch.data);
-    scratch.size = (floats + 1023) / 1024 * 1024;
+    scratch.size = (floats / 1024 + 1) * 1024;
     scratch.data = static_cast<float*>(std::aligned_alloc(64, scratch.size * sizeof(float)));
     if (!scratch.data) {
       scratch.size = 0;
