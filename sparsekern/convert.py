@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from .conversion import ConversionReport, LayerReport
+from .measure.structure import check_inputs, forward_call
+from .measure.timer import interleaved, speedup
 from .nn import SparseConv2d, SparseLinear
 from .patterns import detect
 from .sites import Site, find_sites, find_sparse, group_tied
@@ -58,7 +60,8 @@ def convert_to_sparse(
 
     Args:
         model: Any module; changed in place. Shared and tied layers stay shared and tied.
-        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments of the model.
+        example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments of the
+            model (what a tokenizer returns is one).
             None: nothing is timed, a threshold on the sparsity decides (linear 70 %, convolution
             80 %), and the report says so.
         mode: `inference` times the forward pass; `training` times forward and both gradients and
@@ -72,10 +75,13 @@ def convert_to_sparse(
         The model; a new layer if the model is a single layer that became sparse.
 
     Raises:
+        TypeError: example_inputs of another kind.
         ValueError: unknown mode, no layer to convert, weights on several devices or with NaN. The
             model is then unchanged.
     """
     candidates = _check(model, mode, min_gain)
+    if example_inputs is not None:
+        check_inputs(example_inputs, "convert_to_sparse")
     report = ConversionReport(mode=mode)
     device = candidates[0].sites[0].module.weight.device
     specs = _record_inputs(model, candidates, example_inputs)
@@ -151,12 +157,6 @@ def _check(model, mode: str, min_gain: float) -> list[_Candidate]:
     return [_Candidate(group) for group in group_tied(sites)]
 
 
-def _call(model: nn.Module, inputs):
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-
-
 @contextmanager
 def _eval_mode(*modules: nn.Module):
     """Dropout and batch statistics off; training flags are restored."""
@@ -184,7 +184,7 @@ def _record_inputs(model, candidates, example_inputs) -> dict[int, Counter] | No
     hooks = [m.register_forward_pre_hook(remember, with_kwargs=True) for m in modules]
     try:
         with _eval_mode(model), torch.inference_mode():
-            _call(model, example_inputs)
+            forward_call(model, example_inputs)()
     finally:
         for hook in hooks:
             hook.remove()
@@ -296,6 +296,9 @@ def _confirm(model, converted, taken, inputs, report: ConversionReport, budget_s
         note = f"the converted model does not run, so it stays dense: {error!r}"
         warnings.warn(f"convert_to_sparse: {note}", stacklevel=3)
         return _revert(model, taken, report, "reverted: " + note)
+    except BaseException:  # Ctrl-C: the model goes back as it came
+        _swap_back(model, taken)
+        raise
     if gain < 1:
         return _revert(model, taken, report, "reverted: the whole model was not faster")
     return _swap(model, taken)
@@ -311,7 +314,6 @@ def _revert(model, taken, report: ConversionReport, reason: str) -> nn.Module:
 
 def _time_model(model, converted, taken, inputs, mode, budget_s):
     """Median milliseconds dense and sparse, and the median ratio of neighbouring samples."""
-    from .measure.timer import interleaved, speedup
 
     def dense():
         return run(_swap_back(model, taken))
@@ -323,12 +325,13 @@ def _time_model(model, converted, taken, inputs, mode, budget_s):
     def run(which):
         if mode == "inference":
             with torch.inference_mode():
-                return _call(which, inputs)
+                return forward_call(which, inputs)()
         return _training_step(which, inputs)
 
+    # In eval mode also when training is timed: a conversion must leave batch statistics and the
+    # random numbers of dropout as they were.
     twins = [twin for candidate in taken for twin in candidate.sparse]
-    still = _eval_mode(model, *twins) if mode == "inference" else nullcontext()
-    with still:
+    with _eval_mode(model, *twins):
         times = interleaved([dense, sparse], budget_s=budget_s, min_rounds=7)
     return times[0].median_ms, times[1].median_ms, speedup(*times).median
 
@@ -338,7 +341,7 @@ def _training_step(model: nn.Module, inputs) -> None:
     from torch.utils._pytree import tree_leaves
 
     with torch.enable_grad():
-        leaves = tree_leaves(_call(model, inputs))
+        leaves = tree_leaves(forward_call(model, inputs)())
         total = sum(t.float().sum() for t in leaves if isinstance(t, Tensor) and t.requires_grad)
         parameters = [p for p in model.parameters() if p.requires_grad]
         torch.autograd.grad(total, parameters, allow_unused=True)

@@ -10,6 +10,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from .measure.structure import check_inputs, forward_call
+
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -37,6 +39,7 @@ def fold_batchnorm(model: nn.Module, example_inputs) -> list[str]:
     """
     if model.training:
         raise ValueError("fold_batchnorm: expected a model in eval mode, got one in training mode")
+    check_inputs(example_inputs, "fold_batchnorm")
     pairs = _find_pairs(model, example_inputs)
     places = _places(model)
     folded = []
@@ -93,7 +96,7 @@ def _find_pairs(model: nn.Module, inputs) -> list[tuple[nn.Module, nn.Module]]:
             hooks.append(module.register_forward_pre_hook(before_norm))
     try:
         with torch.no_grad(), readers:
-            output = _run(model, inputs)
+            output = forward_call(model, inputs)()
     finally:
         for hook in hooks:
             hook.remove()
@@ -106,12 +109,6 @@ def _find_pairs(model: nn.Module, inputs) -> list[tuple[nn.Module, nn.Module]]:
         if layer is not None and alone and calls[layer] == calls[norm] == 1 and _fits(layer, norm):
             pairs.append((layer, norm))
     return pairs
-
-
-def _run(model, inputs):
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
 def _fits(layer: nn.Module, norm: nn.Module) -> bool:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ._load import cpu_isa
+from .measure.hardware import hardware
+from .measure.timer import interleaved
 
 CACHE_VERSION = 1
 MIN_GAIN = 1.05  # sparse must win by 5 % to be taken
@@ -36,8 +38,9 @@ class InputSpec:
         return cls(tuple(x.shape), x.dtype, last)
 
     def make(self, device) -> Tensor:
-        """Random tensor of this spec."""
-        x = torch.randn(self.shape, device=device).to(self.dtype)
+        """Random tensor of this spec; the global random numbers are not touched."""
+        generator = torch.Generator(device).manual_seed(0)
+        x = torch.randn(self.shape, device=device, generator=generator).to(self.dtype)
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
 
 
@@ -45,8 +48,6 @@ def time_layer(
     dense: nn.Module, sparse: nn.Module, spec: InputSpec, training: bool, budget_s: float
 ):
     """Milliseconds of one call, (dense, sparse), interleaved; with both gradients when training."""
-    from .measure.timer import interleaved
-
     device = next(dense.parameters()).device
     x = spec.make(device)
     run = _training_call if training else _inference_call
@@ -65,7 +66,7 @@ def _inference_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
 def _training_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
     leaf = x.clone().requires_grad_()
     parameters = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
-    grad = torch.randn_like(layer(leaf).detach())
+    grad = torch.ones_like(layer(leaf).detach())
 
     def call():
         with torch.enable_grad():
@@ -85,8 +86,6 @@ def device_key(device: torch.device) -> str:
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     else:
-        from .measure.hardware import hardware
-
         where = f"{hardware()['cpu']}, {cpu_isa()}, {torch.get_num_threads()} threads"
     return f"{where}, {platform.machine()}, torch {torch.__version__}, sparsekern {_version()}"
 

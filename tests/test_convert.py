@@ -107,15 +107,56 @@ def test_goes_back_when_the_converted_model_does_not_run(monkeypatch):
 
 
 def test_training_mode(monkeypatch):
-    forced(monkeypatch, model=convert._time_model)
+    times = []
+
+    def timed(*arguments):  # the real timing runs, its verdict does not decide
+        times.append(convert_time_model(*arguments))
+        return 2.0, 1.0, 2.0
+
+    convert_time_model = convert._time_model
+    forced(monkeypatch, model=timed)
     model, x = wide().train(), torch.randn(64, 512)
     sk.convert_to_sparse(model, x, mode="training")
-    report = sk.report(model)
-    if not report.reverted:
-        assert model[0].weight.plan_t.numel() > 0
-        model(x).sum().backward()
-        assert model[0].weight.values.grad.abs().sum() > 0
-    assert report.mode == "training" and model.training and model[0].training
+    assert len(times) == 1 and sk.report(model).mode == "training"
+    assert model.training and model[0].training and model[0].weight.plan_t.numel() > 0
+    model(x).sum().backward()
+    assert model[0].weight.values.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_statistics_and_random_numbers_stay_as_they_were(mode):
+    model = nn.Sequential(sparsified(nn.Linear(64, 64)), nn.BatchNorm1d(64), nn.Dropout())
+    model.train()
+    x = torch.randn(32, 64)
+    mean, state = model[1].running_mean.clone(), torch.get_rng_state()
+    sk.convert_to_sparse(model, x, mode=mode)
+    assert torch.equal(model[1].running_mean, mean)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch):
+    def interrupted(model, converted, taken, *rest):
+        convert._swap(model, taken)
+        raise KeyboardInterrupt
+
+    forced(monkeypatch, model=interrupted)
+    model = wide()
+    layers = list(model)
+    with pytest.raises(KeyboardInterrupt):
+        sk.convert_to_sparse(model, torch.randn(4, 512))
+    assert list(model) == layers
+
+
+def test_inputs_may_be_any_mapping(monkeypatch):
+    """What a tokenizer returns is a Mapping, but no dict."""
+    from collections import UserDict
+
+    forced(monkeypatch)
+    model = sk.convert_to_sparse(wide(), UserDict(input=torch.randn(4, 512)))
+    assert sk.report(model).n_sparse == 2
+    with pytest.raises(TypeError, match="convert_to_sparse: expected example_inputs to be"):
+        sk.convert_to_sparse(wide(), 3)
 
 
 def test_round_trip_to_dense(monkeypatch):

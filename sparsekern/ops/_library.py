@@ -3,7 +3,7 @@
 import torch
 from torch.library import Library
 
-from .._load import _C
+from .. import _load as _load  # loads the compiled kernels, which register themselves
 
 LIBRARY = Library("sparsekern", "DEF")
 # Kernels of a device win over this key; it serves every device that has none.
@@ -86,6 +86,3 @@ def csr_to_dense(op: str, values, crow, col, cols: int) -> torch.Tensor:
     row = torch.repeat_interleave(torch.arange(rows, device=crow.device), crow.diff())
     dense = values.new_zeros(rows, cols)
     return dense.index_put((row, col.long()), values)
-
-
-HAS_CPU_KERNELS = _C is not None
