@@ -195,7 +195,7 @@ Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& crow,
   make_planes(xc, c.images, c.in_channels, c.forward_y(), c.forward_x(), kPlanes, &planes);
   sink.data = y.mutable_data_ptr<float>();
   run_spmm(holder.view, {vc.const_data_ptr<float>(),
-                         p.col_data(),
+                         nullptr,
                          bc ? bc->const_data_ptr<float>() : nullptr,
                          act,
                          {nullptr, &planes.source},
@@ -234,23 +234,21 @@ Tensor csr_conv2d_grad_input_cpu(const Tensor& grad, const Tensor& values, const
   const ScalarType type = compute_type(grad);
   const Tensor gc = as_contiguous(grad, type), vc = as_contiguous(values, type);
   const Tensor out = empty_tensor({c.images, in_channels, height, width}, type);
-  const Tensor vt = empty_tensor({p.nnz}, type);
   const int64_t pixels = height * width, tokens = c.images * pixels;
   Sink sink{nullptr, false, in_channels, 0, pixels};
   if (type == ScalarType::Double) {
     const double* v = vc.const_data_ptr<double>();
-    double* w = vt.mutable_data_ptr<double>();
+    std::vector<double> w(p.nnz);
     for (int64_t i = 0; i < p.nnz; ++i) w[i] = v[t.perm[i]];
-    spmm_double(c, make_reference(c, gc.const_data_ptr<double>(), true), t.crow, t.col, w, nullptr,
-                kNone, sink, out.mutable_data_ptr<double>());
+    spmm_double(c, make_reference(c, gc.const_data_ptr<double>(), true), t.crow, t.col, w.data(),
+                nullptr, kNone, sink, out.mutable_data_ptr<double>());
     return out;
   }
-  permute_values(vc.const_data_ptr<float>(), t.perm, p.nnz, vt.mutable_data_ptr<float>());
   Planes planes;
   make_planes(gc, c.images, c.out_channels, c.backward_y(), c.backward_x(), kPlanes, &planes);
   sink.data = out.mutable_data_ptr<float>();
-  run_spmm(t.plan, {vt.const_data_ptr<float>(),
-                    t.col,
+  run_spmm(t.plan, {vc.const_data_ptr<float>(),
+                    t.perm,
                     nullptr,
                     kNone,
                     {nullptr, &planes.source},
@@ -294,7 +292,7 @@ Tensor csr_conv2d_grad_values_cpu(const Tensor& grad, const Tensor& x, const Ten
               &grad_planes);
   run_sddmm(holder.view,
             {nullptr,
-             p.col_data(),
+             nullptr,
              nullptr,
              kNone,
              {nullptr, &planes.source},

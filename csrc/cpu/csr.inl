@@ -52,24 +52,40 @@ SK_INLINE void start_row(const RowSums& c, int64_t row, Vec* acc) {
 }
 
 template <int R>
-SK_INLINE void add_products(const float* panel, float value, int64_t column, Vec* acc) {
+SK_INLINE void add_products(const float* panel, float value, int64_t offset, Vec* acc) {
   const Vec w = Vec::set(value);
-  const float* x = panel + column * (R * Vec::N);
+  const float* x = panel + offset * (R * Vec::N);
   asm("" : "+r"(x));
 #pragma GCC unroll 8
   for (int j = 0; j < R; ++j) acc[j] = fma(w, Vec::load(x + j * Vec::N), acc[j]);
 }
 
+// Where the next run finds its values and offsets. Packed values follow each other; those of a CSR
+// matrix are found by the start of the run.
+struct Stream {
+  const float *values, *packed;
+  const uint16_t* offsets;
+
+  SK_INLINE const float* next(const Run& run, const uint16_t** offset) {
+    const float* v = packed ? packed : values + run.start;
+    *offset = offsets;
+    offsets += run.count;
+    if (packed) packed += run.count;
+    return v;
+  }
+};
+
 // U rows side by side, so that enough independent sums hide the latency of the FMA when R is small.
 template <int R, int U>
-SK_INLINE void run_rows(const Run* runs, const float* values, const int32_t* col,
-                        const float* panel, const RowSums& c) {
+SK_INLINE void run_rows(const Run* runs, Stream& stream, const float* panel, const RowSums& c) {
   Vec acc[U][R];
-  for (int u = 0; u < U; ++u) start_row<R>(c, runs[u].row, acc[u]);
-  const int32_t common = runs[U - 1].count;  // the smallest: runs are sorted
   const float* v[U];
-  const int32_t* k[U];
-  for (int u = 0; u < U; ++u) v[u] = values + runs[u].start, k[u] = col + runs[u].start;
+  const uint16_t* k[U];
+  for (int u = 0; u < U; ++u) {
+    start_row<R>(c, runs[u].row, acc[u]);
+    v[u] = stream.next(runs[u], &k[u]);
+  }
+  const int32_t common = runs[U - 1].count;  // the smallest: runs are sorted
   for (int32_t i = 0; i < common; ++i) {
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) add_products<R>(panel, v[u][i], k[u][i], acc[u]);
@@ -85,16 +101,15 @@ SK_INLINE void run_rows(const Run* runs, const float* values, const int32_t* col
 // A tile of rows with equal columns: each vector of the panel is loaded once for all of them. At
 // most four vectors at a time, so that the sums and what feeds them fit the registers.
 template <int R>
-SK_INLINE void run_tile(const Run* runs, const float* values, const int32_t* col,
-                        const float* panel, const RowSums& c) {
+SK_INLINE void run_tile(const Run* runs, Stream& stream, const float* panel, const RowSums& c) {
   constexpr int U = kTileRows, H = R < 4 ? R : 4;
   const float* v[U];
+  const uint16_t* k;
   float* sums[U];
   for (int u = 0; u < U; ++u) {
-    v[u] = values + runs[u].start;
+    v[u] = stream.next(runs[u], &k);
     sums[u] = c.sums + (runs[u].row - c.row0) * R * Vec::N;
   }
-  const int32_t* k = col + runs[0].start;
   for (int h = 0; h < R; h += H) {
     Vec acc[U][H];
     for (int u = 0; u < U; ++u)
@@ -117,20 +132,17 @@ SK_INLINE void run_tile(const Run* runs, const float* values, const int32_t* col
 }
 
 template <int R>
-void run_block(const Run* run, const Run* end, int32_t tiles, const float* values,
-               const int32_t* col, const float* panel, const RowSums& c) {
-  for (int32_t i = 0; i < tiles; ++i, run += kTileRows) run_tile<R>(run, values, col, panel, c);
+void run_block(const Run* run, const Run* end, int32_t tiles, Stream stream, const float* panel,
+               const RowSums& c) {
+  for (int32_t i = 0; i < tiles; ++i, run += kTileRows) run_tile<R>(run, stream, panel, c);
   constexpr int U = R >= 8 ? 1 : 8 / R;
   for (; run + U <= end; run += U) {
-    // Rows come in order of their counts, so neither the values nor the columns stream: fetch
-    // ahead.
-    for (int u = 0; u < U; ++u) {
-      __builtin_prefetch(values + run[u + 2 * U].start);
-      __builtin_prefetch(col + run[u + 2 * U].start);
-    }
-    run_rows<R, U>(run, values, col, panel, c);
+    // Rows come in order of their counts, so unpacked values do not stream: fetch ahead.
+    if (!stream.packed)
+      for (int u = 0; u < U; ++u) __builtin_prefetch(stream.values + run[u + 2 * U].start);
+    run_rows<R, U>(run, stream, panel, c);
   }
-  for (; run < end; ++run) run_rows<R, 1>(run, values, col, panel, c);
+  for (; run < end; ++run) run_rows<R, 1>(run, stream, panel, c);
 }
 
 // Writes finished sums out: transposed tiles for a matrix, contiguous stretches for an image.
@@ -177,10 +189,12 @@ void spmm_panel(const SpmmArgs& a, int64_t t0, int64_t t1) {
       const int64_t c0 = k * plan.col_block;
       const int64_t c1 = c0 + plan.col_block < plan.cols ? c0 + plan.col_block : plan.cols;
       if (b == a.row_block_begin) fill_panel(a.source, panel, R, t0, t1, c0, c1);
-      const int32_t* g = plan.run_start + b * plan.n_col_blocks + k;
-      // Columns count from the start of the matrix: shift the panel instead of every column.
-      run_block<R>(plan.runs + g[0], plan.runs + g[1], plan.n_tiles[b * plan.n_col_blocks + k],
-                   a.values, a.col, panel - c0 * P, RowSums{sums, row0, a.bias, k == 0});
+      const int64_t g = b * plan.n_col_blocks + k;
+      const int32_t first = plan.value_start[g];
+      run_block<R>(plan.runs + plan.run_start[g], plan.runs + plan.run_start[g + 1],
+                   plan.n_tiles[g],
+                   {a.values, a.packed ? a.packed + first : nullptr, plan.offsets + first}, panel,
+                   RowSums{sums, row0, a.bias, k == 0});
     }
     store_rows<R>(a, sums, row0, rows, t0, t1 - t0);
   }
@@ -201,6 +215,28 @@ void spmm(const SpmmArgs& a) {
       default: spmm_panel<1>(a, t, end);
     }
     t = end;
+  }
+}
+
+// Runs are short and lie all over the CSR matrix: fetch them this many ahead.
+constexpr int64_t kPackAhead = 24;
+
+void pack(const PlanView& plan, const float* values, const int32_t* perm, float* out,
+          int64_t group_begin, int64_t group_end) {
+  float* p = out + plan.value_start[group_begin];
+  const Run* end = plan.runs + plan.run_start[group_end];
+  for (const Run* run = plan.runs + plan.run_start[group_begin]; run < end; ++run) {
+    if (perm) {
+      __builtin_prefetch(perm + run[kPackAhead].start);
+      for (int32_t i = 0; i < run->count; ++i) p[i] = values[perm[run->start + i]];
+    } else {
+      __builtin_prefetch(values + run[kPackAhead].start);
+      const float* v = values + run->start;
+      int32_t i = 0;
+      for (; i + Vec::N <= run->count; i += Vec::N) Vec::load(v + i).store(p + i);
+      if (i < run->count) Vec::load(v + i, run->count - i).store(p + i, run->count - i);
+    }
+    p += run->count;
   }
 }
 

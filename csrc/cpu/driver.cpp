@@ -40,12 +40,6 @@ void check_operand(const std::string& op, const char* name, const Tensor& t, con
          dtype_name(t.scalar_type()));
 }
 
-void permute_values(const float* values, const int32_t* perm, int64_t n, float* out) {
-  torch::stable::parallel_for(0, n, 65536, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) out[i] = values[perm[i]];
-  });
-}
-
 Pattern check_pattern(const std::string& op, const Tensor& crow, const Tensor& col, int64_t nnz,
                       int64_t cols, int64_t groups, int64_t taps) {
   for (auto [name, t] : {std::pair{"crow", &crow}, std::pair{"col", &col}}) {
@@ -174,9 +168,23 @@ float* thread_scratch(ScratchSlot slot, int64_t floats) {
   return scratch.data;
 }
 
+// The values in the order in which the kernel reads them. Worth its time from the second panel of
+// tokens on; null before that, unless the values are permuted anyhow.
+static const float* pack_values(const PlanView& plan, const Operands& o) {
+  if (!o.perm && o.tokens <= kernels().width * kernels().spmm_vectors) return nullptr;
+  float* packed = thread_scratch(kPacked, plan.nnz);
+  const int64_t n = plan.n_row_blocks * plan.n_col_blocks;
+  const int64_t grain = std::max<int64_t>(1, 65536 * n / std::max<int64_t>(1, plan.nnz));
+  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+    kernels().pack(plan, o.values, o.perm, packed, begin, end);
+  });
+  return packed;
+}
+
 void run_spmm(const PlanView& plan, const Operands& o) {
   if (o.tokens == 0 || plan.rows == 0) return;
   const Split s = split_work(plan, o.tokens, o.groups);
+  const float* packed = pack_values(plan, o);
   const int64_t tasks = s.token_parts * s.row_parts * o.groups;
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -186,7 +194,7 @@ void run_spmm(const PlanView& plan, const Operands& o) {
       ImageSource image;
       SpmmArgs a{plan,
                  o.values,
-                 o.col,
+                 packed,
                  o.bias,
                  o.activation,
                  shifted(o.source, &image, group * o.channels_per_group),
@@ -223,15 +231,9 @@ void run_sddmm(const PlanView& plan, const Operands& o, const Source& grad, floa
         for (int64_t g = begin; g < end; ++g) {
           const int64_t group = g / plan.n_col_blocks / per_group;
           ImageSource image;
-          SddmmArgs a{plan,
-                      o.col,
-                      panels,
-                      stride,
-                      shifted(o.source, &image, group * o.channels_per_group),
-                      out,
-                      g,
-                      o.tokens,
-                      thread_scratch(kTaskScratch, plan.col_block * panel)};
+          SddmmArgs a{
+              plan, panels, stride,   shifted(o.source, &image, group * o.channels_per_group),
+              out,  g,      o.tokens, thread_scratch(kTaskScratch, plan.col_block * panel)};
           kernels().sddmm(a);
         }
       });

@@ -42,12 +42,12 @@ TransposedHolder get_transposed(const std::string& op, const Pattern& p,
 
 // Memory of the calling thread that outlives the call: fresh pages for every call would cost as
 // much as small layers do. 64-byte aligned, valid until the thread asks for the same slot again.
-enum ScratchSlot { kTaskScratch, kPlanes, kGradPlanes, kGradPanels, kScratchSlots };
+enum ScratchSlot { kTaskScratch, kPlanes, kGradPlanes, kGradPanels, kPacked, kScratchSlots };
 float* thread_scratch(ScratchSlot slot, int64_t floats);
 
 struct Operands {
-  const float* values;
-  const int32_t* col;
+  const float* values;  // in the order of the CSR matrix, or of another that `perm` leads to
+  const int32_t* perm;  // null, or where each value of the plan's matrix sits in `values`
   const float* bias;
   Activation activation;
   Source source;  // for a grouped image: channel0 of group 0
@@ -73,9 +73,6 @@ void check_operand(const std::string& op, const char* name, const Tensor& t, con
 
 Tensor empty_tensor(const std::vector<int64_t>& shape, ScalarType dtype);
 Tensor to_dtype(const Tensor& t, ScalarType dtype);
-
-// out[i] = values[perm[i]], split over threads.
-void permute_values(const float* values, const int32_t* perm, int64_t n, float* out);
 
 // A contiguous float32 (or float64) version of t; t itself when it is one already.
 Tensor as_contiguous(const Tensor& t, ScalarType dtype);

@@ -9,7 +9,8 @@ namespace sparsekern {
 
 enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
 
-// A row of the sparse matrix inside one block of columns: `count` values from `start` on.
+// A row of the sparse matrix inside one block of columns: `count` values from `start` on, counted
+// in the order of the CSR matrix.
 struct Run {
   int32_t row, start, count;
 };
@@ -27,7 +28,12 @@ struct PlanView {
   const int32_t* row_start;  // (n_row_blocks + 1,)
   const int32_t* run_start;  // (n_row_blocks * n_col_blocks + 1,)
   const int32_t* n_tiles;    // (n_row_blocks * n_col_blocks,) row tiles at the start of a group
+  // (n_row_blocks * n_col_blocks + 1,) values before each group, in the order of the runs
+  const int32_t* value_start;
   const Run* runs;
+  // (nnz,) column of each value from the start of its block of columns, in the order of the runs,
+  // so that a kernel reads one stream
+  const uint16_t* offsets;
 };
 
 // Where the dense operand comes from. "Token" t is a row of a matrix, or an output pixel of an
@@ -64,8 +70,8 @@ struct Sink {
 
 struct SpmmArgs {
   PlanView plan;
-  const float* values;  // (nnz,)
-  const int32_t* col;   // (nnz,)
+  const float* values;  // (nnz,) in the order of the CSR matrix, or null
+  const float* packed;  // (nnz,) in the order of the runs, made by pack; or null
   const float* bias;    // (rows,) or null
   Activation activation;
   Source source;
@@ -78,7 +84,6 @@ struct SpmmArgs {
 
 struct SddmmArgs {
   PlanView plan;
-  const int32_t* col;
   const float* grad_panels;   // panels of the left operand made by fill_panel, one per token panel
   int64_t grad_panel_stride;  // floats between two panels
   Source source;              // the right operand
@@ -93,6 +98,10 @@ struct Kernels {
   int64_t width;          // floats in a vector
   int64_t spmm_vectors;   // vectors of tokens per panel of spmm that runs best
   int64_t sddmm_vectors;  // vectors of tokens per panel of sddmm
+  // out[i] = values[i-th in the order of the runs] for the groups [group_begin, group_end); with
+  // `perm`, values[perm[i]].
+  void (*pack)(const PlanView& plan, const float* values, const int32_t* perm, float* out,
+               int64_t group_begin, int64_t group_end);
   // out[t, r] = act(sum_k values[r, k] * source[t, k] + bias[r])
   void (*spmm)(const SpmmArgs&);
   // out[i] = sum_t grad[t, row(i)] * source[t, col(i)]

@@ -68,9 +68,8 @@ Tensor csr_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& crow,
   const float* b = bc ? bc->const_data_ptr<float>() : nullptr;
   if (tokens <= 2) spmv_rows(p, vc.const_data_ptr<float>(), matrix.data, b, act, sink.data, tokens);
   else
-    run_spmm(
-        holder.view,
-        {vc.const_data_ptr<float>(), p.col_data(), b, act, {&matrix, nullptr}, sink, tokens, 1, 0});
+    run_spmm(holder.view,
+             {vc.const_data_ptr<float>(), nullptr, b, act, {&matrix, nullptr}, sink, tokens, 1, 0});
   return to_dtype(y, x.scalar_type());
 }
 
@@ -87,24 +86,22 @@ Tensor csr_linear_grad_input_cpu(const Tensor& grad, const Tensor& values, const
   const ScalarType type = compute_type(grad);
   const Tensor gc = as_contiguous(grad, type), vc = as_contiguous(values, type);
   const Tensor out = empty_tensor(with_last(grad, in_features), type);
-  const Tensor vt = empty_tensor({p.nnz}, type);
   MatrixSource matrix{nullptr, p.rows};
   Sink sink{nullptr, true, in_features, 0, 0};
   const int64_t tokens = tokens_of(grad);
   if (type == ScalarType::Double) {
     const double* v = vc.const_data_ptr<double>();
-    double* w = vt.mutable_data_ptr<double>();
+    std::vector<double> w(p.nnz);
     for (int64_t i = 0; i < p.nnz; ++i) w[i] = v[t.perm[i]];
-    spmm_reference(t.crow, t.col, w, nullptr, kNone, {gc.const_data_ptr<double>(), p.rows}, sink,
-                   out.mutable_data_ptr<double>(), 0, in_features, tokens);
+    spmm_reference(t.crow, t.col, w.data(), nullptr, kNone, {gc.const_data_ptr<double>(), p.rows},
+                   sink, out.mutable_data_ptr<double>(), 0, in_features, tokens);
     return out;
   }
-  permute_values(vc.const_data_ptr<float>(), t.perm, p.nnz, vt.mutable_data_ptr<float>());
   matrix.data = gc.const_data_ptr<float>();
   sink.data = out.mutable_data_ptr<float>();
   run_spmm(
       t.plan,
-      {vt.const_data_ptr<float>(), t.col, nullptr, kNone, {&matrix, nullptr}, sink, tokens, 1, 0});
+      {vc.const_data_ptr<float>(), t.perm, nullptr, kNone, {&matrix, nullptr}, sink, tokens, 1, 0});
   return to_dtype(out, grad.scalar_type());
 }
 
@@ -130,8 +127,7 @@ Tensor csr_linear_grad_values_cpu(const Tensor& grad, const Tensor& x, const Ten
   }
   matrix.data = xc.const_data_ptr<float>();
   grad_matrix.data = gc.const_data_ptr<float>();
-  run_sddmm(holder.view,
-            {nullptr, p.col_data(), nullptr, kNone, {&matrix, nullptr}, {}, tokens, 1, 0},
+  run_sddmm(holder.view, {nullptr, nullptr, nullptr, kNone, {&matrix, nullptr}, {}, tokens, 1, 0},
             {&grad_matrix, nullptr}, out.mutable_data_ptr<float>());
   return to_dtype(out, x.scalar_type());
 }

@@ -1,8 +1,8 @@
 // The schedule of a CSR matrix: which stretch of which row runs next. Columns are cut into blocks
 // whose panel fits the L1 cache; rows into blocks whose sums fit the L2 cache; inside a pair of
 // blocks rows come in order of falling count. It holds indices only, so it depends on the pattern,
-// not on the values, and lives in one int32 tensor: a header, then row_start, run_start and the
-// runs.
+// not on the values, and lives in one int32 tensor: a header, then row_start, run_start, n_tiles,
+// value_start, the runs and the offsets.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 namespace sparsekern {
 
-constexpr int32_t kPlanMagic = 0x534b5032;  // "SKP2", changes with the layout
+constexpr int32_t kPlanMagic = 0x534b5033;  // "SKP3", changes with the layout
 constexpr int64_t kPlanHeader = 16;
 constexpr int64_t kRunPadding = 32;  // the kernels fetch this far ahead
 
@@ -98,13 +98,25 @@ inline int32_t order_runs(std::vector<Run>& runs, const int32_t* col, int64_t fi
   return tiles;
 }
 
+// Column of every value from the start of its block of columns, in the order of the runs.
+inline std::vector<uint16_t> run_offsets(const std::vector<Run>& runs, const int32_t* col,
+                                         int64_t nnz, int64_t col_block) {
+  std::vector<uint16_t> offsets;
+  offsets.reserve(nnz + 1);
+  for (const Run& r : runs)
+    for (int32_t i = r.start; i < r.start + r.count; ++i)
+      offsets.push_back(static_cast<uint16_t>(col[i] % col_block));
+  if (offsets.size() % 2) offsets.push_back(0);  // whole int32
+  return offsets;
+}
+
 inline std::vector<int32_t> build_plan(const int32_t* crow, const int32_t* col, int64_t rows,
                                        int64_t cols, int64_t groups, PlanShape shape) {
   const int64_t nnz = crow[rows], kb = shape.col_block;
   const int64_t n_col = std::max<int64_t>(1, (cols + kb - 1) / kb);
   const std::vector<int32_t> row_start = row_blocks(rows, groups, shape.row_block);
   const int64_t n_row = static_cast<int64_t>(row_start.size()) - 1;
-  std::vector<int32_t> run_start{0}, n_tiles;
+  std::vector<int32_t> run_start{0}, n_tiles, value_start{0};
   std::vector<Run> runs;
   std::vector<std::vector<Run>> block(n_col);
   for (int64_t b = 0; b < n_row; ++b) {
@@ -122,8 +134,11 @@ inline std::vector<int32_t> build_plan(const int32_t* crow, const int32_t* col, 
       n_tiles.push_back(order_runs(block[k], col, k * kb));
       runs.insert(runs.end(), block[k].begin(), block[k].end());
       run_start.push_back(static_cast<int32_t>(runs.size()));
+      value_start.push_back(value_start.back());
+      for (const Run& r : block[k]) value_start.back() += r.count;
     }
   }
+  const std::vector<uint16_t> offsets = run_offsets(runs, col, nnz, kb);
   runs.resize(runs.size() + kRunPadding, Run{0, 0, 0});
   const int32_t header[kPlanHeader] = {kPlanMagic,
                                        static_cast<int32_t>(rows),
@@ -135,14 +150,16 @@ inline std::vector<int32_t> build_plan(const int32_t* crow, const int32_t* col, 
                                        static_cast<int32_t>(runs.size()),
                                        static_cast<int32_t>(groups)};
   std::vector<int32_t> out(header, header + kPlanHeader);
-  const auto append = [&](const std::vector<int32_t>& v) {
-    out.insert(out.end(), v.begin(), v.end());
+  const auto append = [&](const void* data, size_t count) {
+    const int32_t* p = static_cast<const int32_t*>(data);
+    out.insert(out.end(), p, p + count);
   };
-  append(row_start);
-  append(run_start);
-  append(n_tiles);
-  const int32_t* p = reinterpret_cast<const int32_t*>(runs.data());
-  out.insert(out.end(), p, p + runs.size() * 3);
+  append(row_start.data(), row_start.size());
+  append(run_start.data(), run_start.size());
+  append(n_tiles.data(), n_tiles.size());
+  append(value_start.data(), value_start.size());
+  append(runs.data(), runs.size() * 3);
+  append(offsets.data(), offsets.size() / 2);
   return out;
 }
 
@@ -152,19 +169,23 @@ inline bool view_plan(const int32_t* p, int64_t size, int64_t rows, int64_t cols
   if (size < kPlanHeader || p[0] != kPlanMagic || p[1] != rows || p[2] != cols || p[3] != nnz ||
       p[8] != groups)
     return false;
-  *v = {rows, cols, nnz, p[4], p[5], p[6], p + kPlanHeader, nullptr, nullptr, nullptr};
+  *v = {rows,    cols,    nnz,     p[4],    p[5],   p[6], p + kPlanHeader,
+        nullptr, nullptr, nullptr, nullptr, nullptr};
   const int64_t groups_of_runs = v->n_row_blocks * v->n_col_blocks;
   v->run_start = v->row_start + v->n_row_blocks + 1;
   v->n_tiles = v->run_start + groups_of_runs + 1;
-  v->runs = reinterpret_cast<const Run*>(v->n_tiles + groups_of_runs);
-  return size ==
-         kPlanHeader + v->n_row_blocks + 2 + 2 * groups_of_runs + static_cast<int64_t>(p[7]) * 3;
+  v->value_start = v->n_tiles + groups_of_runs;
+  const int32_t* runs = v->value_start + groups_of_runs + 1;
+  v->runs = reinterpret_cast<const Run*>(runs);
+  const int32_t* offsets = runs + static_cast<int64_t>(p[7]) * 3;
+  v->offsets = reinterpret_cast<const uint16_t*>(offsets);
+  return size == offsets + (nnz + 1) / 2 - p;
 }
 
 // The transpose of a pattern: its own CSR, where each value sits in the original, and its plan.
 // For a convolution weight (out, in / groups, kh, kw) it is the matrix of the input gradient,
 // (in, out / groups * kh * kw); a matrix is the case of one tap and one group.
-constexpr int32_t kTransposedMagic = 0x534b5432;  // "SKT2"
+constexpr int32_t kTransposedMagic = 0x534b5433;  // "SKT3"
 
 struct Transposed {
   const int32_t *crow, *col, *perm;

@@ -22,14 +22,14 @@ SK_INLINE void flush(PendingDots& p) {
 }
 
 template <bool kFirst>
-SK_INLINE void sddmm_run(const Run& run, const int32_t* col, const float* grad_row,
+SK_INLINE void sddmm_run(const Run& run, const uint16_t* offsets, const float* grad_row,
                          const float* panel, float* out, PendingDots& pending) {
   constexpr int R = kSddmmVectors;
   constexpr int64_t P = R * Vec::N;
   Vec g[R];
   for (int j = 0; j < R; ++j) g[j] = Vec::load(grad_row + j * Vec::N);
-  for (int32_t i = run.start; i < run.start + run.count; ++i) {
-    const float* x = panel + col[i] * P;
+  for (int32_t i = 0; i < run.count; ++i) {
+    const float* x = panel + offsets[i] * P;
     asm("" : "+r"(x));
     Vec s0 = g[0] * Vec::load(x), s1 = g[1] * Vec::load(x + Vec::N);
     for (int j = 2; j < R; j += 2) {
@@ -37,7 +37,7 @@ SK_INLINE void sddmm_run(const Run& run, const int32_t* col, const float* grad_r
       s1 = fma(g[j + 1], Vec::load(x + (j + 1) * Vec::N), s1);
     }
     pending.dot[pending.count] = s0 + s1;
-    pending.out[pending.count] = out + i;
+    pending.out[pending.count] = out + run.start + i;
     if (++pending.count == Vec::N) flush<kFirst>(pending);
   }
 }
@@ -46,10 +46,12 @@ template <bool kFirst>
 void sddmm_panel(const Run* begin, const Run* end, const SddmmArgs& a, const float* grad,
                  const float* panel) {
   PendingDots pending;
+  const uint16_t* offsets = a.plan.offsets + a.plan.value_start[a.group];
   for (const Run* r = begin; r < end; ++r) {
     const float* next = grad + r[1].row * kSddmmVectors * Vec::N;
     for (int j = 0; j < kSddmmVectors; ++j) __builtin_prefetch(next + j * Vec::N);
-    sddmm_run<kFirst>(*r, a.col, grad + r->row * kSddmmVectors * Vec::N, panel, a.out, pending);
+    sddmm_run<kFirst>(*r, offsets, grad + r->row * kSddmmVectors * Vec::N, panel, a.out, pending);
+    offsets += r->count;
   }
   flush<kFirst>(pending);
 }
@@ -64,8 +66,7 @@ void sddmm(const SddmmArgs& a) {
   for (int64_t t = 0, p = 0; t < a.tokens; t += P, ++p) {
     fill_panel(a.source, a.scratch, kSddmmVectors, t, t + P < a.tokens ? t + P : a.tokens, c0, c1);
     const float* grad = a.grad_panels + p * a.grad_panel_stride;
-    const float* panel = a.scratch - c0 * P;
-    (t == 0 ? sddmm_panel<true> : sddmm_panel<false>)(begin, end, a, grad, panel);
+    (t == 0 ? sddmm_panel<true> : sddmm_panel<false>)(begin, end, a, grad, a.scratch);
   }
 }
 
