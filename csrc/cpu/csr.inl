@@ -240,6 +240,19 @@ void pack(const PlanView& plan, const float* values, const int32_t* perm, float*
   }
 }
 
+void unpack(const PlanView& plan, const float* packed, float* values, int64_t group_begin,
+            int64_t group_end) {
+  const float* p = packed + plan.value_start[group_begin];
+  const Run* end = plan.runs + plan.run_start[group_end];
+  for (const Run* run = plan.runs + plan.run_start[group_begin]; run < end; ++run) {
+    float* v = values + run->start;
+    int32_t i = 0;
+    for (; i + Vec::N <= run->count; i += Vec::N) Vec::load(p + i).store(v + i);
+    if (i < run->count) Vec::load(p + i, run->count - i).store(v + i, run->count - i);
+    p += run->count;
+  }
+}
+
 // Values and columns are read once, at the speed of the memory: fetch them this many ahead.
 constexpr int64_t kStreamAhead = 256;
 

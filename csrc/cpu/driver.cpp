@@ -168,14 +168,19 @@ float* thread_scratch(ScratchSlot slot, int64_t floats) {
   return scratch.data;
 }
 
+// Groups of runs that are worth a thread when values are only moved.
+static int64_t pack_grain(const PlanView& plan) {
+  const int64_t n = plan.n_row_blocks * plan.n_col_blocks;
+  return std::max<int64_t>(1, 65536 * n / std::max<int64_t>(1, plan.nnz));
+}
+
 // The values in the order in which the kernel reads them. Worth its time from the second panel of
 // tokens on; null before that, unless the values are permuted anyhow.
 static const float* pack_values(const PlanView& plan, const Operands& o) {
   if (!o.perm && o.tokens <= kernels().width * kernels().spmm_vectors) return nullptr;
   float* packed = thread_scratch(kPacked, plan.nnz);
   const int64_t n = plan.n_row_blocks * plan.n_col_blocks;
-  const int64_t grain = std::max<int64_t>(1, 65536 * n / std::max<int64_t>(1, plan.nnz));
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, n, pack_grain(plan), [&](int64_t begin, int64_t end) {
     kernels().pack(plan, o.values, o.perm, packed, begin, end);
   });
   return packed;
@@ -225,18 +230,31 @@ void run_sddmm(const PlanView& plan, const Operands& o, const Source& grad, floa
       kernels().fill_panel(grad, panels + p * stride, kernels().sddmm_vectors, p * panel,
                            std::min(o.tokens, (p + 1) * panel), 0, plan.rows);
   });
-  const int64_t per_group = plan.n_row_blocks / o.groups;
-  torch::stable::parallel_for(
-      0, plan.n_row_blocks * plan.n_col_blocks, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t g = begin; g < end; ++g) {
-          const int64_t group = g / plan.n_col_blocks / per_group;
-          ImageSource image;
-          SddmmArgs a{
-              plan, panels, stride,   shifted(o.source, &image, group * o.channels_per_group),
-              out,  g,      o.tokens, thread_scratch(kTaskScratch, plan.col_block * panel)};
-          kernels().sddmm(a);
-        }
-      });
+  // A task is a block of columns of one group of the convolution: its panels are cut once for all
+  // rows.
+  float* packed = thread_scratch(kPacked, plan.nnz);
+  const int64_t per_group = plan.n_row_blocks / o.groups, tasks = plan.n_col_blocks * o.groups;
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task / plan.n_col_blocks;
+      ImageSource image;
+      SddmmArgs a{plan,
+                  panels,
+                  stride,
+                  shifted(o.source, &image, group * o.channels_per_group),
+                  packed,
+                  task % plan.n_col_blocks,
+                  group * per_group,
+                  (group + 1) * per_group,
+                  o.tokens,
+                  thread_scratch(kTaskScratch, plan.col_block * panel)};
+      kernels().sddmm(a);
+    }
+  });
+  const int64_t n = plan.n_row_blocks * plan.n_col_blocks;
+  torch::stable::parallel_for(0, n, pack_grain(plan), [&](int64_t begin, int64_t end) {
+    kernels().unpack(plan, packed, out, begin, end);
+  });
 }
 
 }  // namespace sparsekern

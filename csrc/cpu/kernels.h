@@ -87,10 +87,11 @@ struct SddmmArgs {
   const float* grad_panels;   // panels of the left operand made by fill_panel, one per token panel
   int64_t grad_panel_stride;  // floats between two panels
   Source source;              // the right operand
-  float* out;                 // (nnz,)
-  int64_t group;              // row block * n_col_blocks + column block
+  float* out;                 // (nnz,) in the order of the runs
+  int64_t col_block;          // index of the block of columns
+  int64_t row_block_begin, row_block_end;
   int64_t tokens;
-  float* scratch;  // col_block * panel width floats
+  float* scratch;  // plan.col_block * panel width floats
 };
 
 struct Kernels {
@@ -102,6 +103,9 @@ struct Kernels {
   // `perm`, values[perm[i]].
   void (*pack)(const PlanView& plan, const float* values, const int32_t* perm, float* out,
                int64_t group_begin, int64_t group_end);
+  // values[i-th in the order of the runs] = packed[i] for the groups [group_begin, group_end)
+  void (*unpack)(const PlanView& plan, const float* packed, float* values, int64_t group_begin,
+                 int64_t group_end);
   // out[t, r] = act(sum_k values[r, k] * source[t, k] + bias[r])
   void (*spmm)(const SpmmArgs&);
   // out[i] = sum_t grad[t, row(i)] * source[t, col(i)]

@@ -6,6 +6,6 @@
 #include "sddmm.inl"
 
 namespace sparsekern {
-const Kernels kernels_avx2 = {"avx2", Vec::N, 8,          kSddmmVectors, pack,
-                              spmm,   sddmm,  fill_panel, spmv};
+const Kernels kernels_avx2 = {"avx2", Vec::N, 8,     kSddmmVectors, pack,
+                              unpack, spmm,   sddmm, fill_panel,    spmv};
 }  // namespace sparsekern

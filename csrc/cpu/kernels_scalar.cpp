@@ -5,6 +5,6 @@
 #include "sddmm.inl"
 
 namespace sparsekern {
-const Kernels kernels_scalar = {"scalar", Vec::N, 4,          kSddmmVectors, pack,
-                                spmm,     sddmm,  fill_panel, spmv};
+const Kernels kernels_scalar = {"scalar", Vec::N, 4,     kSddmmVectors, pack,
+                                unpack,   spmm,   sddmm, fill_panel,    spmv};
 }  // namespace sparsekern

@@ -26,8 +26,8 @@ struct PlanShape {
 // dozen values, so that starting and storing its sums is paid for, while the panel stays in L1.
 inline PlanShape plan_shape(int64_t cols, double nnz_per_row) {
   const double density = cols ? nnz_per_row / static_cast<double>(cols) : 0;
-  const int64_t col_block = density > 0.08 ? 64 : density > 0.03 ? 128 : 256;
-  return {std::min(std::max<int64_t>(cols, 1), col_block), 1024};
+  const int64_t col_block = density > 0.25 ? 64 : density > 0.07 ? 96 : density > 0.03 ? 128 : 256;
+  return {std::min(std::max<int64_t>(cols, 1), col_block), 512};
 }
 
 // Throws when crow and col are no CSR matrix of this shape. The kernels trust what went through
