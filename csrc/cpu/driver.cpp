@@ -230,22 +230,24 @@ void run_sddmm(const PlanView& plan, const Operands& o, const Source& grad, floa
       kernels().fill_panel(grad, panels + p * stride, kernels().sddmm_vectors, p * panel,
                            std::min(o.tokens, (p + 1) * panel), 0, plan.rows);
   });
-  // A task is a block of columns of one group of the convolution: its panels are cut once for all
-  // rows.
+  // A task is a row block with some of its blocks of columns: enough of them for all threads.
   float* packed = thread_scratch(kPacked, plan.nnz);
-  const int64_t per_group = plan.n_row_blocks / o.groups, tasks = plan.n_col_blocks * o.groups;
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+  const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t parts =
+      std::min(plan.n_col_blocks, std::max<int64_t>(1, wanted / plan.n_row_blocks));
+  const int64_t per_group = plan.n_row_blocks / o.groups;
+  torch::stable::parallel_for(0, plan.n_row_blocks * parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t group = task / plan.n_col_blocks;
+      const int64_t block = task / parts, part = task % parts;
       ImageSource image;
       SddmmArgs a{plan,
                   panels,
                   stride,
-                  shifted(o.source, &image, group * o.channels_per_group),
+                  shifted(o.source, &image, block / per_group * o.channels_per_group),
                   packed,
-                  task % plan.n_col_blocks,
-                  group * per_group,
-                  (group + 1) * per_group,
+                  block,
+                  part * plan.n_col_blocks / parts,
+                  (part + 1) * plan.n_col_blocks / parts,
                   o.tokens,
                   thread_scratch(kTaskScratch, plan.col_block * panel)};
       kernels().sddmm(a);

@@ -88,8 +88,7 @@ struct SddmmArgs {
   int64_t grad_panel_stride;  // floats between two panels
   Source source;              // the right operand
   float* out;                 // (nnz,) in the order of the runs
-  int64_t col_block;          // index of the block of columns
-  int64_t row_block_begin, row_block_end;
+  int64_t row_block, col_block_begin, col_block_end;
   int64_t tokens;
   float* scratch;  // plan.col_block * panel width floats
 };

@@ -63,17 +63,21 @@ void sddmm_group(const SddmmArgs& a, int64_t group, const float* grad) {
   flush<kFirst>(pending);
 }
 
+// Panels of tokens outside: the rows of the gradient of one row block then stay in the L2 cache for
+// all blocks of columns.
 void sddmm(const SddmmArgs& a) {
   constexpr int64_t P = kSddmmVectors * Vec::N;
   const PlanView& plan = a.plan;
-  const int64_t c0 = a.col_block * plan.col_block;
-  const int64_t c1 = c0 + plan.col_block < plan.cols ? c0 + plan.col_block : plan.cols;
   for (int64_t t = 0, p = 0; t < a.tokens; t += P, ++p) {
-    fill_panel(a.source, a.scratch, kSddmmVectors, t, t + P < a.tokens ? t + P : a.tokens, c0, c1);
+    const int64_t t1 = t + P < a.tokens ? t + P : a.tokens;
     const float* grad = a.grad_panels + p * a.grad_panel_stride;
-    for (int64_t b = a.row_block_begin; b < a.row_block_end; ++b)
-      (t == 0 ? sddmm_group<true> : sddmm_group<false>)(a, b * plan.n_col_blocks + a.col_block,
-                                                        grad);
+    for (int64_t k = a.col_block_begin; k < a.col_block_end; ++k) {
+      const int64_t c0 = k * plan.col_block;
+      const int64_t c1 = c0 + plan.col_block < plan.cols ? c0 + plan.col_block : plan.cols;
+      fill_panel(a.source, a.scratch, kSddmmVectors, t, t1, c0, c1);
+      const int64_t group = a.row_block * plan.n_col_blocks + k;
+      (t == 0 ? sddmm_group<true> : sddmm_group<false>)(a, group, grad);
+    }
   }
 }
 
