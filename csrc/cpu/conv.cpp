@@ -260,7 +260,7 @@ Tensor csr_conv2d_grad_input_cpu(const Tensor& grad, const Tensor& values, const
 }
 
 Tensor csr_conv2d_grad_values_cpu(const Tensor& grad, const Tensor& x, const Tensor& crow,
-                                  const Tensor& col, const std::optional<Tensor>& plan,
+                                  const Tensor& col, const std::optional<Tensor>& plan_t,
                                   const std::vector<int64_t> kernel,
                                   const std::vector<int64_t> stride,
                                   const std::vector<int64_t> padding,
@@ -274,7 +274,7 @@ Tensor csr_conv2d_grad_values_cpu(const Tensor& grad, const Tensor& x, const Ten
   check_grad(op, grad, c);
   const Pattern p =
       check_pattern(op, crow, col, col.numel(), c.in_per_group() * c.taps(), groups, c.taps());
-  const PlanHolder holder = get_plan(op, p, plan);
+  const PlanHolder holder = get_values_plan(op, p, plan_t);
   const ScalarType type = compute_type(x);
   const Tensor gc = as_contiguous(grad, type), xc = as_contiguous(x, type);
   const Tensor out = empty_tensor({p.nnz}, type);

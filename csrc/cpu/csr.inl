@@ -135,7 +135,7 @@ template <int R>
 void run_block(const Run* run, const Run* end, int32_t tiles, Stream stream, const float* panel,
                const RowSums& c) {
   for (int32_t i = 0; i < tiles; ++i, run += kTileRows) run_tile<R>(run, stream, panel, c);
-  constexpr int U = R >= 8 ? 1 : 8 / R;
+  constexpr int U = R >= 4 ? 1 : 8 / R;
   for (; run + U <= end; run += U) {
     // Rows come in order of their counts, so unpacked values do not stream: fetch ahead.
     if (!stream.packed)

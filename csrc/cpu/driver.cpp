@@ -66,6 +66,10 @@ static Tensor check_plan_tensor(const std::string& op, const char* name, const T
   return packed(t);
 }
 
+static PanelTokens panel_tokens() {
+  return {kernels().width * panel_vectors(), kernels().width * kernels().sddmm_vectors};
+}
+
 PlanHolder get_plan(const std::string& op, const Pattern& p, const std::optional<Tensor>& plan) {
   PlanHolder h;
   const int32_t* data;
@@ -75,15 +79,34 @@ PlanHolder get_plan(const std::string& op, const Pattern& p, const std::optional
     data = h.given.const_data_ptr<int32_t>(), size = h.given.numel();
   } else {
     validate(op, p);
-    const double per_row = p.rows ? static_cast<double>(p.nnz) / static_cast<double>(p.rows) : 0;
     h.own = build_plan(p.crow_data(), p.col_data(), p.rows, p.cols, p.groups,
-                       plan_shape(p.cols, per_row));
+                       plan_shape(p.crow_data(), p.rows, p.cols, panel_tokens().spmm));
     data = h.own.data(), size = static_cast<int64_t>(h.own.size());
   }
   if (size > 2 && data[0] == kPlanMagic && data[2] != p.cols && p.taps == 1)
     fail(op, "x.size(-1) = in_features = " + std::to_string(data[2]), std::to_string(p.cols));
   if (!view_plan(data, size, p.rows, p.cols, p.nnz, p.groups, &h.view))
     fail(op, "plan made by csr_plan for this pattern", "a plan of another pattern");
+  return h;
+}
+
+PlanHolder get_values_plan(const std::string& op, const Pattern& p,
+                           const std::optional<Tensor>& plan_t) {
+  PlanHolder h;
+  if (!plan_t || plan_t->numel() == 0) {
+    validate(op, p);
+    h.own = build_plan(p.crow_data(), p.col_data(), p.rows, p.cols, p.groups,
+                       plan_shape(p.crow_data(), p.rows, p.cols, panel_tokens().sddmm));
+    view_plan(h.own.data(), static_cast<int64_t>(h.own.size()), p.rows, p.cols, p.nnz, p.groups,
+              &h.view);
+    return h;
+  }
+  h.given = check_plan_tensor(op, "plan_t", *plan_t);
+  const int32_t* data = h.given.const_data_ptr<int32_t>();
+  if (data[0] != kTransposedMagic) return get_plan(op, p, plan_t);
+  if (!view_values_plan(data, h.given.numel(), p.rows, p.cols, p.nnz, p.groups, p.taps, &h.view))
+    fail(op, "plan_t made by csr_plan(transpose=True) for this pattern",
+         "a plan of another pattern");
   return h;
 }
 
@@ -97,7 +120,8 @@ TransposedHolder get_transposed(const std::string& op, const Pattern& p,
     data = h.given.const_data_ptr<int32_t>(), size = h.given.numel();
   } else {
     validate(op, p);
-    h.own = build_transposed(p.crow_data(), p.col_data(), p.rows, p.cols, p.groups, p.taps);
+    h.own = build_transposed(p.crow_data(), p.col_data(), p.rows, p.cols, p.groups, p.taps,
+                             panel_tokens());
     data = h.own.data(), size = static_cast<int64_t>(h.own.size());
   }
   const TransposedShape shape = transposed_shape(p.rows, p.cols, p.groups, p.taps);
@@ -127,7 +151,7 @@ struct Split {
 };
 
 Split split_work(const PlanView& plan, int64_t tokens, int64_t groups) {
-  const int64_t panel = kernels().width * kernels().spmm_vectors;
+  const int64_t panel = kernels().width * panel_vectors();
   const int64_t per_group = groups ? plan.n_row_blocks / groups : 0;
   int64_t threads = torch::stable::get_num_threads();
   if (plan.nnz * tokens < kSerialWork) threads = 1;
@@ -177,7 +201,7 @@ static int64_t pack_grain(const PlanView& plan) {
 // The values in the order in which the kernel reads them. Worth its time from the second panel of
 // tokens on; null before that, unless the values are permuted anyhow.
 static const float* pack_values(const PlanView& plan, const Operands& o) {
-  if (!o.perm && o.tokens <= kernels().width * kernels().spmm_vectors) return nullptr;
+  if (!o.perm && o.tokens <= kernels().width * panel_vectors()) return nullptr;
   float* packed = thread_scratch(kPacked, plan.nnz);
   const int64_t n = plan.n_row_blocks * plan.n_col_blocks;
   torch::stable::parallel_for(0, n, pack_grain(plan), [&](int64_t begin, int64_t end) {
@@ -208,7 +232,7 @@ void run_spmm(const PlanView& plan, const Operands& o) {
                  group * s.blocks_per_group + (row_part + 1) * s.blocks_per_group / s.row_parts,
                  t0,
                  std::min(o.tokens, t0 + s.token_chunk),
-                 kernels().spmm_vectors,
+                 panel_vectors(),
                  nullptr};
       a.scratch = thread_scratch(kTaskScratch, spmm_scratch(plan, a.vectors * kernels().width));
       kernels().spmm(a);

@@ -32,6 +32,11 @@ struct PlanHolder {
 };
 PlanHolder get_plan(const std::string& op, const Pattern& p, const std::optional<Tensor>& plan);
 
+// The plan of the weight gradient: `plan_t`, what csr_plan(transpose=True) made, holds one; any
+// other plan of the pattern does as well, with narrower blocks than the kernel likes.
+PlanHolder get_values_plan(const std::string& op, const Pattern& p,
+                           const std::optional<Tensor>& plan_t);
+
 struct TransposedHolder {
   Tensor given;
   std::vector<int32_t> own;

@@ -1,6 +1,8 @@
 // Which instruction set runs: the best one this CPU and its operating system offer, chosen once.
 #include "isa.h"
 
+#include <unistd.h>
+
 #include <atomic>
 
 namespace sparsekern {
@@ -27,6 +29,16 @@ const Kernels* best() {
   return &kernels_scalar;
 }
 
+// Zen 4 runs 512-bit operations in two halves: a load costs as much as an FMA and a store twice
+// that, and its L1 cache is small (Zen 5 and AVX-512 of Intel: full width). See bench/NOTES.md.
+bool halves_avx512() {
+#if defined(__x86_64__) && defined(_SC_LEVEL1_DCACHE_SIZE)
+  return __builtin_cpu_is("amd") && sysconf(_SC_LEVEL1_DCACHE_SIZE) <= 32 * 1024;
+#else
+  return false;
+#endif
+}
+
 std::atomic<const Kernels*> chosen{nullptr};
 
 }  // namespace
@@ -38,6 +50,12 @@ const Kernels& kernels() {
     chosen.store(k, std::memory_order_relaxed);
   }
   return *k;
+}
+
+int64_t panel_vectors() {
+  static const bool narrow = halves_avx512();
+  const Kernels& k = kernels();
+  return narrow && k.width == 16 ? 4 : k.spmm_vectors;
 }
 
 std::vector<std::string> available_isas() {

@@ -106,7 +106,7 @@ Tensor csr_linear_grad_input_cpu(const Tensor& grad, const Tensor& values, const
 }
 
 Tensor csr_linear_grad_values_cpu(const Tensor& grad, const Tensor& x, const Tensor& crow,
-                                  const Tensor& col, const std::optional<Tensor>& plan) {
+                                  const Tensor& col, const std::optional<Tensor>& plan_t) {
   const std::string op = "csr_linear_grad_values";
   check_operand(op, "x", x, x);
   check_operand(op, "grad", grad, x);
@@ -114,7 +114,7 @@ Tensor csr_linear_grad_values_cpu(const Tensor& grad, const Tensor& x, const Ten
   const Pattern p = check_pattern(op, crow, col, col.numel(), cols);
   check_size(op, "grad.size(-1) = out_features", grad.size(grad.dim() - 1), p.rows);
   check_size(op, "tokens of grad = tokens of x", tokens_of(grad), tokens);
-  const PlanHolder holder = get_plan(op, p, plan);
+  const PlanHolder holder = get_values_plan(op, p, plan_t);
   const ScalarType type = compute_type(x);
   const Tensor gc = as_contiguous(grad, type), xc = as_contiguous(x, type);
   const Tensor out = empty_tensor({p.nnz}, type);

@@ -22,11 +22,13 @@ struct PlanShape {
   int64_t col_block, row_block;
 };
 
-// Blocks for a matrix of this density, from the sweep in bench/NOTES.md: a run should hold about a
-// dozen values, so that starting and storing its sums is paid for, while the panel stays in L1.
-inline PlanShape plan_shape(int64_t cols, double nnz_per_row) {
+// Blocks for a matrix of this density and panels of `tokens`, from the sweep in bench/NOTES.md: the
+// fewer values a column has, the more columns a run needs, so that starting and storing its sums is
+// paid for, even when part of the panel then comes from L2.
+inline PlanShape plan_shape(int64_t cols, double nnz_per_row, int64_t tokens) {
   const double density = cols ? nnz_per_row / static_cast<double>(cols) : 0;
-  const int64_t col_block = density > 0.25 ? 64 : density > 0.07 ? 96 : density > 0.03 ? 128 : 256;
+  const int64_t panel_kib = density > 0.25 ? 32 : density > 0.07 ? 48 : density > 0.03 ? 64 : 128;
+  const int64_t col_block = std::min<int64_t>(512, panel_kib * 1024 / (tokens * 4));
   return {std::min(std::max<int64_t>(cols, 1), col_block), 512};
 }
 
@@ -182,15 +184,27 @@ inline bool view_plan(const int32_t* p, int64_t size, int64_t rows, int64_t cols
   return size == offsets + (nnz + 1) / 2 - p;
 }
 
-// The transpose of a pattern: its own CSR, where each value sits in the original, and its plan.
-// For a convolution weight (out, in / groups, kh, kw) it is the matrix of the input gradient,
-// (in, out / groups * kh * kw); a matrix is the case of one tap and one group.
+// What the gradients need: the transpose of a pattern (its own CSR, where each value sits in the
+// original, and its plan) for the gradient of the input, and another plan of the pattern itself,
+// cut for the wider panels of the weight gradient. For a convolution weight (out, in / groups, kh,
+// kw) it is the matrix of the input gradient, (in, out / groups * kh * kw); a matrix is the case of
+// one tap and one group.
 constexpr int32_t kTransposedMagic = 0x534b5433;  // "SKT3"
 
 struct Transposed {
   const int32_t *crow, *col, *perm;
   PlanView plan;
 };
+
+// Tokens per panel, which decide how many columns a block holds.
+struct PanelTokens {
+  int64_t spmm, sddmm;
+};
+
+inline PlanShape plan_shape(const int32_t* crow, int64_t rows, int64_t cols, int64_t tokens) {
+  const double per_row = rows ? static_cast<double>(crow[rows]) / static_cast<double>(rows) : 0;
+  return plan_shape(cols, per_row, tokens);
+}
 
 struct TransposedShape {
   int64_t rows, cols;
@@ -201,7 +215,8 @@ inline TransposedShape transposed_shape(int64_t rows, int64_t cols, int64_t grou
 }
 
 inline std::vector<int32_t> build_transposed(const int32_t* crow, const int32_t* col, int64_t rows,
-                                             int64_t cols, int64_t groups, int64_t taps) {
+                                             int64_t cols, int64_t groups, int64_t taps,
+                                             PanelTokens tokens) {
   const TransposedShape t = transposed_shape(rows, cols, groups, taps);
   const int64_t nnz = crow[rows], per_group = rows / groups, in_per_group = cols / taps;
   std::vector<int32_t> out(kPlanHeader + t.rows + 1 + 2 * nnz, 0);
@@ -218,13 +233,16 @@ inline std::vector<int32_t> build_transposed(const int32_t* crow, const int32_t*
       tcol[at] = static_cast<int32_t>(r % per_group * taps + col[i] % taps);
       perm[at] = i;
     }
-  const double nnz_per_row = t.rows ? static_cast<double>(nnz) / static_cast<double>(t.rows) : 0;
-  const std::vector<int32_t> plan =
-      build_plan(tcrow, tcol, t.rows, t.cols, groups, plan_shape(t.cols, nnz_per_row));
+  const std::vector<int32_t> plan = build_plan(tcrow, tcol, t.rows, t.cols, groups,
+                                               plan_shape(tcrow, t.rows, t.cols, tokens.spmm));
+  const std::vector<int32_t> values_plan =
+      build_plan(crow, col, rows, cols, groups, plan_shape(crow, rows, cols, tokens.sddmm));
   const int32_t header[] = {kTransposedMagic, static_cast<int32_t>(t.rows),
-                            static_cast<int32_t>(t.cols), static_cast<int32_t>(nnz)};
-  std::copy(header, header + 4, out.begin());
+                            static_cast<int32_t>(t.cols), static_cast<int32_t>(nnz),
+                            static_cast<int32_t>(plan.size())};
+  std::copy(header, header + 5, out.begin());
   out.insert(out.end(), plan.begin(), plan.end());
+  out.insert(out.end(), values_plan.begin(), values_plan.end());
   return out;
 }
 
@@ -237,8 +255,17 @@ inline bool view_transposed(const int32_t* p, int64_t size, TransposedShape t, i
   v->col = v->crow + t.rows + 1;
   v->perm = v->col + nnz;
   const int32_t* plan = v->perm + nnz;
-  return size > plan - p &&
-         view_plan(plan, size - (plan - p), t.rows, t.cols, nnz, groups, &v->plan);
+  return size - (plan - p) > p[4] && view_plan(plan, p[4], t.rows, t.cols, nnz, groups, &v->plan);
+}
+
+// The plan of the weight gradient inside of what build_transposed made.
+inline bool view_values_plan(const int32_t* p, int64_t size, int64_t rows, int64_t cols,
+                             int64_t nnz, int64_t groups, int64_t taps, PlanView* v) {
+  Transposed t;
+  const TransposedShape shape = transposed_shape(rows, cols, groups, taps);
+  if (!view_transposed(p, size, shape, nnz, groups, &t)) return false;
+  const int32_t* plan = t.perm + nnz + p[4];
+  return view_plan(plan, size - (plan - p), rows, cols, nnz, groups, v);
 }
 
 }  // namespace sparsekern

@@ -59,6 +59,11 @@ def save_for_gradients(ctx, x, values, crow, col, bias, plan, plan_t, output) ->
     )
 
 
+def gradient_plan(plan, plan_t):
+    """The schedule of the weight gradient: in `plan_t`, or `plan` where that is not made."""
+    return plan if plan_t is None or plan_t.numel() == 0 else plan_t
+
+
 def check_indices(op: str, crow: torch.Tensor, col: torch.Tensor, cols: int) -> None:
     """Refuses anything that is no CSR pattern, like the compiled ops do."""
     nnz = col.numel()

@@ -7,7 +7,14 @@ contiguous (n, out, oh, ow). Stride, padding, dilation and groups as nn.Conv2d d
 
 import torch
 
-from ._library import activate, activation_backward, csr_to_dense, define, save_for_gradients
+from ._library import (
+    activate,
+    activation_backward,
+    csr_to_dense,
+    define,
+    gradient_plan,
+    save_for_gradients,
+)
 
 CONV = "csr_conv2d"
 _GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
@@ -112,7 +119,7 @@ csr_conv2d_grad_input = define(
 
 
 def _grad_values_reference(
-    grad, x, crow, col, plan, kernel_size, stride, padding, dilation, groups
+    grad, x, crow, col, plan_t, kernel_size, stride, padding, dilation, groups
 ):
     shape = (crow.shape[0] - 1, x.shape[1] // groups, *kernel_size)
     dense = torch.nn.grad.conv2d_weight(x, shape, grad, stride, padding, dilation, groups)
@@ -123,10 +130,10 @@ def _grad_values_reference(
 
 
 csr_conv2d_grad_values = define(
-    "csr_conv2d_grad_values(Tensor grad, Tensor x, Tensor crow, Tensor col, Tensor? plan, "
+    "csr_conv2d_grad_values(Tensor grad, Tensor x, Tensor crow, Tensor col, Tensor? plan_t, "
     f"{_GEOMETRY}) -> Tensor",
     _grad_values_reference,
-    lambda grad, x, crow, col, plan, *geometry: x.new_empty((col.shape[0],)),
+    lambda grad, x, crow, col, plan_t, *geometry: x.new_empty((col.shape[0],)),
 )
 
 
@@ -151,7 +158,8 @@ def _backward(ctx, grad):
             grad, values, crow, col, plan_t, *ctx.input_size, *ctx.geometry
         )
     if needs[1]:
-        grad_values = csr_conv2d_grad_values(grad, x, crow, col, plan, *ctx.geometry)
+        plans = gradient_plan(plan, plan_t)
+        grad_values = csr_conv2d_grad_values(grad, x, crow, col, plans, *ctx.geometry)
     if needs[4]:
         grad_bias = grad.sum((0, 2, 3))
     return grad_x, grad_values, None, None, grad_bias, *[None] * 8

@@ -1,9 +1,9 @@
 """csr_linear: y = act(x W^T + b) with W in CSR, and its two gradients.
 
 Shapes: x (..., in), values (nnz,), crow (out + 1,) int32, col (nnz,) int32 sorted inside each row,
-bias (out,). `plan` and `plan_t` are kernel schedules made by csr_plan; without them the op makes
-its own on each call, which also validates the indices. A plan vouches for the indices it was made
-of.
+bias (out,). `plan` (forward) and `plan_t` (both gradients) are kernel schedules made by csr_plan;
+without them the op makes its own on each call, which also validates the indices. A plan vouches for
+the indices it was made of.
 """
 
 import torch
@@ -14,6 +14,7 @@ from ._library import (
     check_indices,
     csr_to_dense,
     define,
+    gradient_plan,
     save_for_gradients,
 )
 
@@ -56,7 +57,7 @@ csr_linear_grad_input = define(
 )
 
 
-def _grad_values_reference(grad, x, crow, col, plan):
+def _grad_values_reference(grad, x, crow, col, plan_t):
     check_indices("csr_linear_grad_values", crow, col, x.shape[-1])
     dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
     row = torch.repeat_interleave(
@@ -66,10 +67,10 @@ def _grad_values_reference(grad, x, crow, col, plan):
 
 
 csr_linear_grad_values = define(
-    "csr_linear_grad_values(Tensor grad, Tensor x, Tensor crow, Tensor col, Tensor? plan) "
+    "csr_linear_grad_values(Tensor grad, Tensor x, Tensor crow, Tensor col, Tensor? plan_t) "
     "-> Tensor",
     _grad_values_reference,
-    lambda grad, x, crow, col, plan: x.new_empty((col.shape[0],)),
+    lambda grad, x, crow, col, plan_t: x.new_empty((col.shape[0],)),
 )
 
 
@@ -92,7 +93,7 @@ def _backward(ctx, grad):
     if needs[0]:
         grad_x = csr_linear_grad_input(grad, values, crow, col, plan_t, ctx.in_features)
     if needs[1]:
-        grad_values = csr_linear_grad_values(grad, x, crow, col, plan)
+        grad_values = csr_linear_grad_values(grad, x, crow, col, gradient_plan(plan, plan_t))
     if needs[4]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
     return grad_x, grad_values, None, None, grad_bias, None, None, None
