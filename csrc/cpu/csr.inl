@@ -102,7 +102,7 @@ SK_INLINE void run_rows(const Run* runs, Stream& stream, const float* panel, con
 // most four vectors at a time, so that the sums and what feeds them fit the registers.
 template <int R>
 SK_INLINE void run_tile(const Run* runs, Stream& stream, const float* panel, const RowSums& c) {
-  constexpr int U = kTileRows, H = R < 4 ? R : 4;
+  constexpr int U = kTileRows, H = R < 4 ? R : R % 4 ? 3 : 4;
   const float* v[U];
   const uint16_t* k;
   float* sums[U];
@@ -135,7 +135,7 @@ template <int R>
 void run_block(const Run* run, const Run* end, int32_t tiles, Stream stream, const float* panel,
                const RowSums& c) {
   for (int32_t i = 0; i < tiles; ++i, run += kTileRows) run_tile<R>(run, stream, panel, c);
-  constexpr int U = R >= 4 ? 1 : 8 / R;
+  constexpr int U = R >= 3 ? 1 : 4 / R;
   for (; run + U <= end; run += U) {
     // Rows come in order of their counts, so unpacked values do not stream: fetch ahead.
     if (!stream.packed)
@@ -203,14 +203,16 @@ void spmm_panel(const SpmmArgs& a, int64_t t0, int64_t t1) {
 void spmm(const SpmmArgs& a) {
   for (int64_t t = a.token_begin; t < a.token_end;) {
     const int64_t left = a.token_end - t;
-    // A panel only a quarter empty costs less than two narrow ones that read the weights twice.
+    // The last panel is as wide as what is left; 5 and 7 vectors run as 6 and 8.
     const int64_t need = (left + Vec::N - 1) / Vec::N;
-    int64_t r = a.vectors;
-    while (r > 1 && need < r - r / 4) r /= 2;
+    int64_t r = need < a.vectors ? need : a.vectors;
+    if (r > 4) r += r % 2;
     const int64_t end = left < r * Vec::N ? a.token_end : t + r * Vec::N;
     switch (r) {
       case 8: spmm_panel<8>(a, t, end); break;
+      case 6: spmm_panel<6>(a, t, end); break;
       case 4: spmm_panel<4>(a, t, end); break;
+      case 3: spmm_panel<3>(a, t, end); break;
       case 2: spmm_panel<2>(a, t, end); break;
       default: spmm_panel<1>(a, t, end);
     }
