@@ -184,3 +184,12 @@ def test_initial_scale_follows_the_fan_in_that_is_left():
     with torch.no_grad():
         assert 0.8 < float(sparse(x).std() / dense(x).std()) < 1.25
     assert "sparsity=0.9" in repr(sparse) and "in_features=512" in repr(sparse)
+
+
+@pytest.mark.parametrize("size", [(512, 512), (513, 509)])
+def test_large_images_are_written_whole(size):
+    """From 8 MiB on results are written around the caches, where lines are whole."""
+    conv = nn.Conv2d(2, 9, 1)
+    x = torch.randn(1, 2, *size)
+    sparse = sk.SparseConv2d.from_dense(conv, sparsity=0.5)
+    torch.testing.assert_close(sparse(x), sparse.to_dense()(x), rtol=1e-4, atol=1e-5)

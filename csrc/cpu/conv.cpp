@@ -74,10 +74,11 @@ void make_planes(const Tensor& image, int64_t images, int64_t channels, const Ax
     return;
   }
   std::fill_n(dst + floats, kSlack, 0.f);
+  const PlaneAxis ay = plane_axis(y), ax = plane_axis(x);
   const int64_t grain = std::max<int64_t>(1, 100000 / std::max<int64_t>(1, l.plane_size));
   torch::stable::parallel_for(0, images * channels, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      fill_plane(src + i * y.size * x.size, y, x, l, dst + i * l.plane_size);
+      kernels().fill_plane({src + i * y.size * x.size, dst + i * l.plane_size, ay, ax});
   });
 }
 

@@ -145,34 +145,48 @@ void run_block(const Run* run, const Run* end, int32_t tiles, Stream stream, con
   for (; run < end; ++run) run_rows<R, 1>(run, stream, panel, c);
 }
 
-// Writes finished sums out: transposed tiles for a matrix, contiguous stretches for an image.
+// Tiles transposed back to (tokens, rows).
 template <int R>
-void store_rows(const SpmmArgs& a, float* sums, int64_t row0, int64_t rows, int64_t t0, int64_t n) {
+SK_INLINE void store_matrix(const Sink& s, const float* sums, int64_t row0, int64_t rows,
+                            int64_t t0, int64_t n) {
   constexpr int64_t P = R * Vec::N;
-  if (a.activation != kNone)
-    for (int64_t i = 0; i < rows * P; i += Vec::N)
-      activate(Vec::load(sums + i), a.activation).store(sums + i);
-  const Sink& s = a.sink;
-  if (s.token_major) {
-    for (int64_t t = 0; t < n; t += Vec::N)
-      for (int64_t r = 0; r < rows; r += Vec::N)
-        transpose_tile(sums + r * P + t, P, rows - r < Vec::N ? rows - r : Vec::N,
-                       s.data + (t0 + t) * s.stride + s.row_offset + row0 + r, s.stride,
-                       n - t < Vec::N ? n - t : Vec::N, false);
-    return;
-  }
+  for (int64_t t = 0; t < n; t += Vec::N)
+    for (int64_t r = 0; r < rows; r += Vec::N)
+      transpose_tile(sums + r * P + t, P, rows - r < Vec::N ? rows - r : Vec::N,
+                     s.data + (t0 + t) * s.stride + s.row_offset + row0 + r, s.stride,
+                     n - t < Vec::N ? n - t : Vec::N, false);
+}
+
+// Contiguous stretches of an image. A stretch is short and the next one a whole plane away: written
+// around the caches it need not be read first. That takes whole lines.
+template <int R>
+SK_INLINE void store_image(const Sink& s, const float* sums, int64_t row0, int64_t rows, int64_t t0,
+                           int64_t n) {
+  constexpr int64_t P = R * Vec::N, kLine = 64 / sizeof(float);
   for (int64_t t = 0; t < n;) {
     const int64_t image = (t0 + t) / s.pixels, pixel = (t0 + t) % s.pixels;
     const int64_t stretch = n - t < s.pixels - pixel ? n - t : s.pixels - pixel;
     float* out = s.data + (image * s.stride + s.row_offset + row0) * s.pixels + pixel;
-    for (int64_t r = 0; r < rows; ++r) {
+    const bool stream =
+        s.stream && reinterpret_cast<uintptr_t>(out) % 64 == 0 && s.pixels % kLine == 0;
+    for (int64_t r = 0; r < rows; ++r, out += s.pixels) {
       const float* src = sums + r * P + t;
       int64_t i = 0;
-      for (; i + Vec::N <= stretch; i += Vec::N) Vec::load(src + i).store(out + r * s.pixels + i);
-      if (i < stretch) Vec::load(src + i, stretch - i).store(out + r * s.pixels + i, stretch - i);
+      for (; i + Vec::N <= stretch; i += Vec::N)
+        stream ? Vec::load(src + i).stream(out + i) : Vec::load(src + i).store(out + i);
+      if (i < stretch) Vec::load(src + i, stretch - i).store(out + i, stretch - i);
     }
     t += stretch;
   }
+}
+
+template <int R>
+void store_rows(const SpmmArgs& a, float* sums, int64_t row0, int64_t rows, int64_t t0, int64_t n) {
+  if (a.activation != kNone)
+    for (int64_t i = 0; i < rows * R * Vec::N; i += Vec::N)
+      activate(Vec::load(sums + i), a.activation).store(sums + i);
+  if (a.sink.token_major) store_matrix<R>(a.sink, sums, row0, rows, t0, n);
+  else store_image<R>(a.sink, sums, row0, rows, t0, n);
 }
 
 template <int R>
@@ -218,6 +232,7 @@ void spmm(const SpmmArgs& a) {
     }
     t = end;
   }
+  if (a.sink.stream) Vec::stream_end();
 }
 
 // Runs are short and lie all over the CSR matrix: fetch them this many ahead.

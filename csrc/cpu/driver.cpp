@@ -146,6 +146,10 @@ struct Scratch {
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr int64_t kSerialWork = 200000;
 
+// An image of this size is out of the caches before anybody reads it; written the usual way it is
+// read from memory first. See bench/NOTES.md.
+constexpr int64_t kStreamFloats = int64_t{8} << 18;  // 8 MiB
+
 struct Split {
   int64_t token_parts, token_chunk, row_parts, blocks_per_group;
 };
@@ -214,6 +218,8 @@ void run_spmm(const PlanView& plan, const Operands& o) {
   if (o.tokens == 0 || plan.rows == 0) return;
   const Split s = split_work(plan, o.tokens, o.groups);
   const float* packed = pack_values(plan, o);
+  Sink sink = o.sink;
+  sink.stream = !sink.token_major && o.tokens * sink.stride >= kStreamFloats;
   const int64_t tasks = s.token_parts * s.row_parts * o.groups;
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
@@ -227,7 +233,7 @@ void run_spmm(const PlanView& plan, const Operands& o) {
                  o.bias,
                  o.activation,
                  shifted(o.source, &image, group * o.channels_per_group),
-                 o.sink,
+                 sink,
                  group * s.blocks_per_group + row_part * s.blocks_per_group / s.row_parts,
                  group * s.blocks_per_group + (row_part + 1) * s.blocks_per_group / s.row_parts,
                  t0,

@@ -66,6 +66,20 @@ struct Sink {
   int64_t stride;      // token_major: floats between tokens; else rows in all groups
   int64_t row_offset;  // added to the row of the matrix (first row of a group)
   int64_t pixels;      // positions per image, only when not token_major
+  bool stream;         // too much for the caches: write around them where whole lines are written
+};
+
+// One axis of a padded plane, see planes.h.
+struct PlaneAxis {
+  int64_t size, phase_size;  // of the source, of a phase
+  int64_t stride, pad, up;
+  uint64_t phases;  // bit p % 64: a tap reads phase p
+};
+
+struct PlaneArgs {
+  const float* src;  // (y.size, x.size)
+  float* dst;
+  PlaneAxis y, x;
 };
 
 struct SpmmArgs {
@@ -113,6 +127,8 @@ struct Kernels {
   // col_begin)][token]
   void (*fill_panel)(const Source&, float* dst, int64_t vectors, int64_t token_begin,
                      int64_t token_end, int64_t col_begin, int64_t col_end);
+  // Pads one channel of one image and splits it into phases, see planes.h.
+  void (*fill_plane)(const PlaneArgs&);
   // y[r] = act(sum_k values[r, k] * x[k] + bias[r]) for rows [row_begin, row_end)
   void (*spmv)(const int32_t* crow, const int32_t* col, const float* values, const float* x,
                const float* bias, Activation activation, float* y, int64_t row_begin,

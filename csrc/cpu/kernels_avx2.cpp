@@ -2,10 +2,11 @@
 #include "kernels.h"
 #include "vec.h"
 #include "panel.inl"
+#include "planes.inl"
 #include "csr.inl"
 #include "sddmm.inl"
 
 namespace sparsekern {
-const Kernels kernels_avx2 = {"avx2", Vec::N, 8,     kSddmmVectors, pack,
-                              unpack, spmm,   sddmm, fill_panel,    spmv};
+const Kernels kernels_avx2 = {"avx2", Vec::N, 8,          kSddmmVectors, pack, unpack,
+                              spmm,   sddmm,  fill_panel, fill_plane,    spmv};
 }  // namespace sparsekern

@@ -11,7 +11,6 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
 
 #include "kernels.h"
@@ -26,10 +25,6 @@ struct Axis {
 
   int64_t phase_size() const {
     return out + *std::max_element(offset.begin(), offset.end()) / stride;
-  }
-  bool phase_used(int64_t phase) const {
-    return std::any_of(offset.begin(), offset.end(),
-                       [&](int64_t o) { return o % stride == phase; });
   }
 };
 
@@ -73,44 +68,10 @@ inline PlaneLayout plane_layout(const Axis& y, const Axis& x) {
   return l;
 }
 
-// One row of the source into one phase row of n floats: dst[q] = source at v = q * stride + phase.
-inline void fill_phase_row(const float* src, const Axis& x, int64_t phase, float* dst, int64_t n) {
-  // Smallest q with (v - pad) divisible by up and not negative; then every `up`-th q hits.
-  int64_t q = 0;
-  while (q < n && (q * x.stride + phase < x.pad || (q * x.stride + phase - x.pad) % x.up)) ++q;
-  int64_t s = (q * x.stride + phase - x.pad) / x.up;
-  if (x.up == 1 && x.stride == 1) {  // the common case touches every float once
-    const int64_t copied = std::max<int64_t>(0, std::min(n - q, x.size - s));
-    std::memset(dst, 0, q * sizeof(float));
-    std::memcpy(dst + q, src + s, copied * sizeof(float));
-    std::memset(dst + q + copied, 0, (n - q - copied) * sizeof(float));
-    return;
-  }
-  std::memset(dst, 0, n * sizeof(float));
-  if (x.up == 1 && x.stride == 2) {  // a constant stride, so that the compiler vectorises it
-    const int64_t copied = std::max<int64_t>(0, std::min(n - q, (x.size - s + 1) / 2));
-    for (int64_t i = 0; i < copied; ++i) dst[q + i] = src[s + 2 * i];
-    return;
-  }
-  const int64_t step = x.up == 1 ? x.stride : 1;
-  for (; q < n && s < x.size; q += x.up, s += step) dst[q] = src[s];
-}
-
-// The plane of one channel of one image. A stride together with up > 1 does not occur.
-inline void fill_plane(const float* src, const Axis& y, const Axis& x, const PlaneLayout& l,
-                       float* dst) {
-  const int64_t rows = y.phase_size();
-  for (int64_t py = 0; py < y.stride; ++py)
-    for (int64_t px = 0; px < x.stride; ++px) {
-      if (!y.phase_used(py) || !x.phase_used(px)) continue;
-      float* plane = dst + (py * x.stride + px) * l.phase_plane;
-      for (int64_t q = 0; q < rows; ++q) {
-        const int64_t v = q * y.stride + py - y.pad;
-        if (v < 0 || v % y.up || v / y.up >= y.size)
-          std::memset(plane + q * l.pitch, 0, l.pitch * sizeof(float));
-        else fill_phase_row(src + v / y.up * x.size, x, px, plane + q * l.pitch, l.pitch);
-      }
-    }
+inline PlaneAxis plane_axis(const Axis& a) {
+  PlaneAxis p{a.size, a.phase_size(), a.stride, a.pad, a.up, 0};
+  for (int64_t o : a.offset) p.phases |= uint64_t{1} << (o % a.stride % 64);
+  return p;
 }
 
 }  // namespace sparsekern

@@ -23,6 +23,13 @@ struct Vec {
     return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)};
   }
   SK_INLINE void store(float* p) const { _mm512_storeu_ps(p, v); }
+  // Around the caches; p lies on a multiple of the vector's size. `stream_end` after the last.
+  SK_INLINE void stream(float* p) const { _mm512_stream_ps(p, v); }
+  static SK_INLINE void stream_end() { _mm_sfence(); }
+  // Lanes [first, end) of what lies at p; the others are zero and their memory is not touched.
+  static SK_INLINE Vec load_lanes(const float* p, int64_t first, int64_t end) {
+    return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << end) - (1u << first)), p)};
+  }
   SK_INLINE void store(float* p, int64_t n) const {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
   }
@@ -71,6 +78,13 @@ SK_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
   return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(_mm512_set1_epi32(INT32_MIN),
                                                         _mm512_castps_si512(sign.v),
                                                         _mm512_castps_si512(magnitude.v), 0xCA))};
+}
+
+// Every other lane of 2 N lanes.
+SK_INLINE Vec even_lanes(Vec a, Vec b) {
+  const __m512i index =
+      _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return {_mm512_permutex2var_ps(a.v, index, b.v)};
 }
 
 // Transposes N vectors in place.
@@ -127,6 +141,11 @@ struct Vec {
   static SK_INLINE Vec set(float x) { return {_mm256_set1_ps(x)}; }
   static SK_INLINE Vec load(const float* p, int64_t n) { return {_mm256_maskload_ps(p, mask(n))}; }
   SK_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  SK_INLINE void stream(float* p) const { _mm256_stream_ps(p, v); }
+  static SK_INLINE void stream_end() { _mm_sfence(); }
+  static SK_INLINE Vec load_lanes(const float* p, int64_t first, int64_t end) {
+    return {_mm256_maskload_ps(p, _mm256_andnot_si256(mask(first), mask(end)))};
+  }
   SK_INLINE void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, mask(n), v); }
   static SK_INLINE Vec gather(const float* base, const int32_t* index) {
     return {
@@ -175,6 +194,11 @@ SK_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
                        _mm256_and_ps(_mm256_set1_ps(-0.f), sign.v))};
 }
 
+SK_INLINE Vec even_lanes(Vec a, Vec b) {
+  const __m256 pairs = _mm256_shuffle_ps(a.v, b.v, 0x88);
+  return {_mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(pairs), 0xD8))};
+}
+
 SK_INLINE void transpose(Vec* a) {
   __m256 r[8], t[8];
   for (int i = 0; i < 8; i += 2) {
@@ -213,6 +237,13 @@ struct Vec {
     return r;
   }
   SK_INLINE void store(float* p) const { store(p, 4); }
+  SK_INLINE void stream(float* p) const { store(p); }
+  static SK_INLINE void stream_end() {}
+  static SK_INLINE Vec load_lanes(const float* p, int64_t first, int64_t end) {
+    Vec r = set(0.f);
+    for (int64_t i = first; i < end; ++i) r.v[i] = p[i];
+    return r;
+  }
   SK_INLINE void store(float* p, int64_t n) const {
     for (int64_t i = 0; i < n; ++i) p[i] = v[i];
   }
@@ -263,6 +294,9 @@ SK_INLINE Vec abs(Vec a) {
 }
 SK_INLINE Vec copy_sign(Vec magnitude, Vec sign) {
   return map(magnitude, sign, [](float m, float s) { return __builtin_copysignf(m, s); });
+}
+SK_INLINE Vec even_lanes(Vec a, Vec b) {
+  return {{a.v[0], a.v[2], b.v[0], b.v[2]}};
 }
 SK_INLINE void transpose(Vec* a) {
   for (int i = 0; i < 4; ++i)
