@@ -128,8 +128,9 @@ inline std::vector<int32_t> build_plan(const int32_t* crow, const int32_t* col, 
       for (int64_t k = 0; k < n_col; ++k) {
         const int32_t begin = i;
         while (i < crow[r + 1] && col[i] < (k + 1) * kb) ++i;
-        // The first block starts every row from its bias, also the empty ones.
-        if (i > begin || k == 0) block[k].push_back({r, begin, i - begin});
+        // The first block starts every row from its bias and the last one stores it, also when it
+        // is empty.
+        if (i > begin || k == 0 || k + 1 == n_col) block[k].push_back({r, begin, i - begin});
       }
     }
     for (int64_t k = 0; k < n_col; ++k) {
