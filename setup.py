@@ -19,7 +19,7 @@ FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unknown-prag
 # feature named here before it picks a table.
 ISA_FLAGS = {"scalar": ["-ffp-contract=fast"]}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mbmi", "-mbmi2"]
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]
     ISA_FLAGS["avx512"] = [
         *ISA_FLAGS["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),

@@ -84,6 +84,8 @@ PlanHolder get_plan(const std::string& op, const Pattern& p, const std::optional
     const double per_row = p.rows ? static_cast<double>(p.nnz) / static_cast<double>(p.rows) : 0;
     h.own = build_plan(p.crow_data(), p.col_data(), p.rows, p.cols, p.groups,
                        plan_shape(p.cols, per_row));
+    if (p.groups == 1 && p.taps == 1)  // the input is a matrix
+      append_spmv(&h.own, p.crow_data(), p.col_data(), p.rows, p.cols, kernels().bitmap_density);
     data = h.own.data(), size = static_cast<int64_t>(h.own.size());
   }
   if (size > 2 && data[0] == kPlanMagic && data[2] != p.cols && p.taps == 1)
@@ -200,6 +202,36 @@ void run_spmm(const PlanView& plan, const Operands& o) {
       a.scratch = thread_scratch(kTaskScratch, spmm_scratch(plan, a.vectors * kernels().width));
       kernels().spmm(a);
     }
+  });
+}
+
+bool few_tokens(const PlanView& plan, int64_t tokens) {
+  return plan.spmv.kind != kSpmvNone && tokens <= 2;
+}
+
+void run_few(const PlanView& plan, const int32_t* crow, const Operands& o) {
+  SpmvArgs a{
+      plan.spmv, plan.rows,    plan.cols,   plan.nnz, crow,      o.values, o.source.matrix->data,
+      o.bias,    o.activation, o.sink.data, 0,        plan.rows, o.tokens};
+  const int64_t threads =
+      plan.nnz * o.tokens < kSerialWork ? 1 : std::max(1, int(torch::stable::get_num_threads()));
+  if (threads == 1) return kernels().spmv(a);
+  // What a row costs beside its values: a bitmap is walked whole.
+  const int64_t per_row = plan.spmv.kind == kSpmvBitmap ? plan.cols / 16 : 8;
+  const auto cost = [&](int64_t r) { return crow[r] + r * per_row; };
+  const auto row_at = [&](int64_t part) {
+    int64_t low = 0, high = plan.rows;
+    while (low < high) {
+      const int64_t mid = (low + high) / 2;
+      if (cost(mid) * threads < cost(plan.rows) * part) low = mid + 1;
+      else high = mid;
+    }
+    return low;
+  };
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    SpmvArgs part = a;
+    part.row_begin = row_at(begin), part.row_end = row_at(end);
+    kernels().spmv(part);
   });
 }
 

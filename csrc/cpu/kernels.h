@@ -20,6 +20,21 @@ constexpr int kTileRows = 4;
 // A schedule over a CSR matrix, see plan.h. Runs are grouped by (row block, column block). A group
 // starts with its row tiles, kTileRows runs each; the other runs come in order of falling count, so
 // that the exit of the inner loop is predicted.
+// What the one-token kernels read instead of int32 columns, see spmv_plan.h.
+enum SpmvIndex : int32_t { kSpmvNone = 0, kSpmvColumns = 1, kSpmvBitmap = 2 };
+
+struct SpmvView {
+  SpmvIndex kind;
+  int64_t blocks;           // blocks of columns of kSpmvColumns
+  const int32_t* words;     // bitmap: (rows, words of 64 bits); columns: (rows, blocks - 1) ends
+  const uint16_t* columns;  // (nnz,) counted from the start of the block
+};
+
+// Columns in each block but the last: whole cache lines of x.
+inline int64_t spmv_width(int64_t cols, int64_t blocks) {
+  return ((cols + blocks - 1) / blocks + 15) / 16 * 16;
+}
+
 struct PlanView {
   int64_t rows, cols, nnz;
   int64_t col_block;  // columns per column block
@@ -28,6 +43,7 @@ struct PlanView {
   const int32_t* run_start;  // (n_row_blocks * n_col_blocks + 1,)
   const int32_t* n_tiles;    // (n_row_blocks * n_col_blocks,) row tiles at the start of a group
   const Run* runs;
+  SpmvView spmv;
 };
 
 // Where the dense operand comes from. "Token" t is a row of a matrix, or an output pixel of an
@@ -76,6 +92,19 @@ struct SpmmArgs {
   float* scratch;   // spmm_scratch() floats, 64-byte aligned
 };
 
+struct SpmvArgs {
+  SpmvView index;
+  int64_t rows, cols, nnz;
+  const int32_t* crow;
+  const float* values;
+  const float* x;     // (tokens, cols)
+  const float* bias;  // (rows,) or null
+  Activation activation;
+  float* y;  // (tokens, rows)
+  int64_t row_begin, row_end;
+  int64_t tokens;
+};
+
 struct SddmmArgs {
   PlanView plan;
   const int32_t* col;
@@ -101,10 +130,9 @@ struct Kernels {
   // col_begin)][token]
   void (*fill_panel)(const Source&, float* dst, int64_t vectors, int64_t token_begin,
                      int64_t token_end, int64_t col_begin, int64_t col_end);
-  // y[r] = act(sum_k values[r, k] * x[k] + bias[r]) for rows [row_begin, row_end)
-  void (*spmv)(const int32_t* crow, const int32_t* col, const float* values, const float* x,
-               const float* bias, Activation activation, float* y, int64_t row_begin,
-               int64_t row_end);
+  // y[t, r] = act(sum_k values[r, k] * x[t, k] + bias[r]) for rows [row_begin, row_end), few tokens
+  void (*spmv)(const SpmvArgs&);
+  double bitmap_density;  // share of stored weights from which on spmv runs faster from a bitmap
 };
 
 extern const Kernels kernels_scalar;

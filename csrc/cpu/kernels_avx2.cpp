@@ -4,7 +4,9 @@
 #include "panel.inl"
 #include "csr.inl"
 #include "sddmm.inl"
+#include "spmv.inl"
 
 namespace sparsekern {
-const Kernels kernels_avx2 = {"avx2", Vec::N, 8, kSddmmVectors, spmm, sddmm, fill_panel, spmv};
+const Kernels kernels_avx2 = {"avx2", Vec::N,     8,    kSddmmVectors, spmm,
+                              sddmm,  fill_panel, spmv, 0.25};
 }  // namespace sparsekern

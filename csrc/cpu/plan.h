@@ -11,10 +11,11 @@
 #include <vector>
 
 #include "kernels.h"
+#include "spmv_plan.h"
 
 namespace sparsekern {
 
-constexpr int32_t kPlanMagic = 0x534b5032;  // "SKP2", changes with the layout
+constexpr int32_t kPlanMagic = 0x534b5033;  // "SKP3", changes with the layout
 constexpr int64_t kPlanHeader = 16;
 constexpr int64_t kRunPadding = 32;  // the kernels fetch this far ahead
 
@@ -152,13 +153,14 @@ inline bool view_plan(const int32_t* p, int64_t size, int64_t rows, int64_t cols
   if (size < kPlanHeader || p[0] != kPlanMagic || p[1] != rows || p[2] != cols || p[3] != nnz ||
       p[8] != groups)
     return false;
-  *v = {rows, cols, nnz, p[4], p[5], p[6], p + kPlanHeader, nullptr, nullptr, nullptr};
+  *v = {rows, cols, nnz, p[4], p[5], p[6], p + kPlanHeader, nullptr, nullptr, nullptr, {}};
   const int64_t groups_of_runs = v->n_row_blocks * v->n_col_blocks;
   v->run_start = v->row_start + v->n_row_blocks + 1;
   v->n_tiles = v->run_start + groups_of_runs + 1;
   v->runs = reinterpret_cast<const Run*>(v->n_tiles + groups_of_runs);
-  return size ==
-         kPlanHeader + v->n_row_blocks + 2 + 2 * groups_of_runs + static_cast<int64_t>(p[7]) * 3;
+  const int64_t used =
+      kPlanHeader + v->n_row_blocks + 2 + 2 * groups_of_runs + static_cast<int64_t>(p[7]) * 3;
+  return view_spmv(p, size, used, rows, cols, nnz, &v->spmv);
 }
 
 // The transpose of a pattern: its own CSR, where each value sits in the original, and its plan.
