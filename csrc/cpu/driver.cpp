@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include <cstdlib>
 
 namespace sparsekern {
@@ -27,9 +29,17 @@ Tensor as_contiguous(const Tensor& t, ScalarType dtype) {
   return packed(to_dtype(t, dtype));
 }
 
+// Past the dispatcher, which would cost as much as a small layer.
 Tensor empty_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()),
-                              dtype);
+  std::vector<int64_t> stride(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;)
+    stride[i - 1] = stride[i] * std::max<int64_t>(1, shape[i]);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), stride.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 void check_operand(const std::string& op, const char* name, const Tensor& t, const Tensor& like) {
@@ -57,7 +67,7 @@ Pattern check_pattern(const std::string& op, const Tensor& crow, const Tensor& c
   check_size(op, "col.size(0) = values.size(0)", col.size(0), nnz);
   const int64_t rows = crow.size(0) - 1;
   if (cols > INT32_MAX) fail(op, "at most 2^31 - 1 columns", std::to_string(cols));
-  return {packed(crow), contiguous(col), rows, cols, nnz, groups, taps};
+  return {packed(crow), packed(col), rows, cols, nnz, groups, taps};
 }
 
 static void validate(const std::string& op, const Pattern& p) {
@@ -202,36 +212,6 @@ void run_spmm(const PlanView& plan, const Operands& o) {
       a.scratch = thread_scratch(kTaskScratch, spmm_scratch(plan, a.vectors * kernels().width));
       kernels().spmm(a);
     }
-  });
-}
-
-bool few_tokens(const PlanView& plan, int64_t tokens) {
-  return plan.spmv.kind != kSpmvNone && tokens <= 2;
-}
-
-void run_few(const PlanView& plan, const int32_t* crow, const Operands& o) {
-  SpmvArgs a{
-      plan.spmv, plan.rows,    plan.cols,   plan.nnz, crow,      o.values, o.source.matrix->data,
-      o.bias,    o.activation, o.sink.data, 0,        plan.rows, o.tokens};
-  const int64_t threads =
-      plan.nnz * o.tokens < kSerialWork ? 1 : std::max(1, int(torch::stable::get_num_threads()));
-  if (threads == 1) return kernels().spmv(a);
-  // What a row costs beside its values: a bitmap is walked whole.
-  const int64_t per_row = plan.spmv.kind == kSpmvBitmap ? plan.cols / 16 : 8;
-  const auto cost = [&](int64_t r) { return crow[r] + r * per_row; };
-  const auto row_at = [&](int64_t part) {
-    int64_t low = 0, high = plan.rows;
-    while (low < high) {
-      const int64_t mid = (low + high) / 2;
-      if (cost(mid) * threads < cost(plan.rows) * part) low = mid + 1;
-      else high = mid;
-    }
-    return low;
-  };
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    SpmvArgs part = a;
-    part.row_begin = row_at(begin), part.row_end = row_at(end);
-    kernels().spmv(part);
   });
 }
 

@@ -92,13 +92,19 @@ struct SpmmArgs {
   float* scratch;   // spmm_scratch() floats, 64-byte aligned
 };
 
+// Tokens side by side in the panel of spmv.
+inline int64_t spmv_panel(int64_t tokens) {
+  return tokens <= 4 ? 4 : tokens <= 8 ? 8 : 16;
+}
+
 struct SpmvArgs {
   SpmvView index;
   int64_t rows, cols, nnz;
   const int32_t* crow;
   const float* values;
-  const float* x;     // (tokens, cols)
-  const float* bias;  // (rows,) or null
+  const float* x;      // (tokens, cols)
+  const float* panel;  // x as (cols, spmv_panel(tokens)), only for columns and several tokens
+  const float* bias;   // (rows,) or null
   Activation activation;
   float* y;  // (tokens, rows)
   int64_t row_begin, row_end;

@@ -30,6 +30,7 @@ void bitmap_rows_by_bits(const SpmvArgs& a, int64_t row_begin, int64_t row_end) 
 #if defined(SPARSEKERN_AVX512)
 
 constexpr int64_t kValueStreams = 4;
+constexpr int64_t kSpreadTokens = 8;  // at once: as many as the registers hold sums for
 
 // The next stored values, each in the lane of its column; v moves past them.
 struct Spread {
@@ -52,6 +53,7 @@ struct Spread {
 #elif defined(SPARSEKERN_AVX2)
 
 constexpr int64_t kValueStreams = 2;
+constexpr int64_t kSpreadTokens = 4;
 
 // For each mask of 8 columns the number of the value of each column, bit 7 set where there is one.
 struct SpreadTable {
@@ -140,7 +142,7 @@ void bitmap_stretches(const SpmvArgs& a, const float* x, const float* x_tail, fl
 
 template <int T>
 void bitmap_tokens(const SpmvArgs& a, int64_t t0, int64_t row_end) {
-  constexpr int64_t U = T <= 2 ? kValueStreams : 2;
+  constexpr int64_t U = T <= 4 ? kValueStreams : 2;
   const float* x = a.x + t0 * a.cols;
   float* y = a.y + t0 * a.rows;
   alignas(64) float tail[T * 64] = {};  // the columns after the last full word, then zeros
@@ -156,12 +158,21 @@ void bitmap_tokens(const SpmvArgs& a, int64_t t0, int64_t row_end) {
 void bitmap_rows(const SpmvArgs& a) {
   int64_t end = a.row_end;  // behind it, a vector could read past the values
   while (end > a.row_begin && a.crow[end] + Vec::N > a.nnz) --end;
-  for (int64_t t = 0; t < a.tokens;) {
-    const int64_t left = a.tokens - t;
-    if (left >= 4) bitmap_tokens<4>(a, t, end), t += 4;
-    else if (left == 3) bitmap_tokens<3>(a, t, end), t += 3;
-    else if (left == 2) bitmap_tokens<2>(a, t, end), t += 2;
-    else bitmap_tokens<1>(a, t, end), t += 1;
+  const int64_t parts = (a.tokens + kSpreadTokens - 1) / kSpreadTokens;
+  for (int64_t part = 0; part < parts; ++part) {
+    const int64_t t = a.tokens * part / parts, n = a.tokens * (part + 1) / parts - t;
+    switch (n) {
+      case 1: bitmap_tokens<1>(a, t, end); break;
+      case 2: bitmap_tokens<2>(a, t, end); break;
+      case 3: bitmap_tokens<3>(a, t, end); break;
+      case 4: bitmap_tokens<4>(a, t, end); break;
+#if defined(SPARSEKERN_AVX512)
+      case 5: bitmap_tokens<5>(a, t, end); break;
+      case 6: bitmap_tokens<6>(a, t, end); break;
+      case 7: bitmap_tokens<7>(a, t, end); break;
+      case 8: bitmap_tokens<8>(a, t, end); break;
+#endif
+    }
   }
   bitmap_rows_by_bits(a, end, a.row_end);
 }
@@ -175,9 +186,11 @@ struct Four {
     uint64_t c;
     __builtin_memcpy(&c, column, 8);
     __m128 r = _mm_load_ss(x + (c & 0xffff));
-    r = _mm_insert_ps(r, _mm_load_ss(x + (c >> 16 & 0xffff)), 0x10);
-    r = _mm_insert_ps(r, _mm_load_ss(x + (c >> 32 & 0xffff)), 0x20);
-    return {_mm_insert_ps(r, _mm_load_ss(x + (c >> 48)), 0x30)};
+    // Straight from memory; compilers load into a register first.
+    asm("vinsertps $0x10, %1, %0, %0" : "+x"(r) : "m"(x[(c >>= 16) & 0xffff]));
+    asm("vinsertps $0x20, %1, %0, %0" : "+x"(r) : "m"(x[(c >>= 16) & 0xffff]));
+    asm("vinsertps $0x30, %1, %0, %0" : "+x"(r) : "m"(x[c >> 16]));
+    return {r};
   }
   SK_INLINE Four add_product(Four a, Four b) const { return {_mm_fmadd_ps(a.v, b.v, v)}; }
   SK_INLINE Four operator+(Four o) const { return {_mm_add_ps(v, o.v)}; }
@@ -207,17 +220,22 @@ struct Four {
 
 #endif
 
-// <values, x[column]> over one stretch of a row. `fetch` are the values to come: as many lines for
-// each line used as there are blocks, since only the first block of a row fetches.
+// Fetches ahead of a line of values, as many lines as there are blocks of columns, since only the
+// first block of a row fetches.
+SK_INLINE void fetch_stretch(const float* v, const uint16_t* column, int64_t lines) {
+  for (int64_t l = 0; l < lines; ++l) {
+    __builtin_prefetch(v + kFetchAhead + 16 * l);
+    __builtin_prefetch(column + kFetchAhead + 16 * l);
+  }
+}
+
+// <values, x[column]> over one stretch of a row.
 SK_INLINE float pick_dot(const float* v, const uint16_t* column, int64_t n, const float* x,
-                         const float* fetch, const uint16_t* fetch_column, int64_t lines) {
+                         int64_t lines) {
   Four sum[4] = {Four::zero(), Four::zero(), Four::zero(), Four::zero()};
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
-    for (int64_t l = 0; l < lines; ++l, fetch += 16, fetch_column += 16) {
-      __builtin_prefetch(fetch);
-      __builtin_prefetch(fetch_column);
-    }
+    fetch_stretch(v + i * lines, column + i * lines, lines);
 #pragma GCC unroll 4
     for (int j = 0; j < 4; ++j)
       sum[j] = sum[j].add_product(Four::load(v + i + 4 * j), Four::pick(x, column + i + 4 * j));
@@ -236,32 +254,74 @@ SK_INLINE int64_t block_start(const SpmvArgs& a, int64_t r, int64_t b) {
   return a.index.words[r * (a.index.blocks - 1) + b - 1];
 }
 
-// A few rows at a time, block by block of columns: the block of x stays in L1, and the rows,
-// fetched by the first block, in L2.
-void column_rows(const SpmvArgs& a) {
-  constexpr int64_t kChunkValues = 16384;
-  const int64_t blocks = a.index.blocks, width = spmv_width(a.cols, blocks);
-  for (int64_t t = 0; t < a.tokens; ++t) {
-    float* y = a.y + t * a.rows;
-    for (int64_t r0 = a.row_begin, r1; r0 < a.row_end; r0 = r1) {
-      for (r1 = r0 + 1; r1 < a.row_end && a.crow[r1] - a.crow[r0] < kChunkValues;) ++r1;
-      for (int64_t b = 0; b < blocks; ++b) {
-        const float* x = a.x + t * a.cols + b * width;
-        for (int64_t r = r0; r < r1; ++r) {
-          const int64_t i = block_start(a, r, b), end = block_start(a, r, b + 1);
-          const int64_t fetch = i + kFetchAhead;
-          const float dot = pick_dot(a.values + i, a.index.columns + i, end - i, x,
-                                     a.values + fetch, a.index.columns + fetch, b ? 0 : blocks);
-          y[r] = b ? y[r] + dot : dot;
-        }
-      }
-    }
+// W tokens side by side: a row of a.panel, (cols, W).
+template <int W>
+struct Tokens {
+  typedef float Lanes __attribute__((vector_size(W * 4)));
+  Lanes v;
+  SK_INLINE void add_product(float w, const float* panel, uint16_t column) {
+    Lanes x;
+    __builtin_memcpy(&x, panel + column * static_cast<int64_t>(W), sizeof(x));
+    v += w * x;
+  }
+};
+
+// out += values times the panel rows of their columns. `lines` as in fetch_stretch.
+template <int W>
+SK_INLINE void panel_dot(const float* v, const uint16_t* column, int64_t n, const float* panel,
+                         int64_t lines, Tokens<W>* out) {
+  Tokens<W> sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    if (i % 16 == 0) fetch_stretch(v + i * lines, column + i * lines, lines);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[j].add_product(v[i + j], panel, column[i + j]);
+  }
+  for (; i < n; ++i) sum[0].add_product(v[i], panel, column[i]);
+  out->v += (sum[0].v + sum[1].v) + (sum[2].v + sum[3].v);
+}
+
+// The sums of one stretch of a row, for W tokens at once.
+template <int W>
+SK_INLINE void add_stretch(const SpmvArgs& a, int64_t r, int64_t b, int64_t width) {
+  const int64_t i = block_start(a, r, b), n = block_start(a, r, b + 1) - i;
+  const float* v = a.values + i;
+  const uint16_t* column = a.index.columns + i;
+  const int64_t lines = b ? 0 : a.index.blocks;
+  if constexpr (W == 1) {
+    const float dot = pick_dot(v, column, n, a.x + b * width, lines);
+    a.y[r] = b ? a.y[r] + dot : dot;
+  } else {
+    Tokens<W> sum = {};
+    panel_dot<W>(v, column, n, a.panel + b * width * W, lines, &sum);
+    for (int64_t t = 0; t < a.tokens; ++t)
+      a.y[t * a.rows + r] = b ? a.y[t * a.rows + r] + sum.v[t] : sum.v[t];
   }
 }
 
+// A few rows at a time, block by block of columns: the block of x stays in L1, and the rows,
+// fetched by the first block, in L2.
+template <int W>
+void column_rows(const SpmvArgs& a) {
+  constexpr int64_t kChunkValues = 16384;
+  const int64_t width = spmv_width(a.cols, a.index.blocks);
+  for (int64_t r0 = a.row_begin, r1; r0 < a.row_end; r0 = r1) {
+    for (r1 = r0 + 1; r1 < a.row_end && a.crow[r1] - a.crow[r0] < kChunkValues;) ++r1;
+    for (int64_t b = 0; b < a.index.blocks; ++b)
+      for (int64_t r = r0; r < r1; ++r) add_stretch<W>(a, r, b, width);
+  }
+}
+
+void few_tokens(const SpmvArgs& a) {
+  if (a.index.kind == kSpmvBitmap) return bitmap_rows(a);
+  if (a.tokens == 1) return column_rows<1>(a);
+  if (a.tokens <= 4) return column_rows<4>(a);
+  if (a.tokens <= 8) return column_rows<8>(a);
+  column_rows<16>(a);
+}
+
 void spmv(const SpmvArgs& a) {
-  if (a.index.kind == kSpmvBitmap) bitmap_rows(a);
-  else column_rows(a);
+  few_tokens(a);
   if (!a.bias && a.activation == kNone) return;
   for (int64_t t = 0; t < a.tokens; ++t)
     for (int64_t r = a.row_begin; r < a.row_end; r += Vec::N) {
