@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from samples import SAMPLES, csr_of, random_weight
 
 import sparsekern as sk
+from sparsekern._load import _C
 from sparsekern.ops import conv, csr
 
 OPS = {"csr_linear": csr.csr_linear, "csr_conv2d": conv.csr_conv2d}
@@ -150,7 +151,7 @@ def test_non_contiguous_inputs(isa):
     torch.testing.assert_close(conv.csr_conv2d(last, *arguments[1:]), conv.csr_conv2d(*arguments))
 
 
-@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("tokens", [1, 4, 8, 20])
 def test_nan_and_inf_spread_where_a_weight_is_stored(tokens, isa):
     weight = torch.zeros(3, 40)
     weight[0, 5], weight[1, 6] = 2.0, 3.0
@@ -174,6 +175,38 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
     torch.set_num_threads(before)
     for y in results[1:]:
         torch.testing.assert_close(y, results[0])
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.95])
+def test_each_number_of_tokens_and_threads(sparsity, isa):
+    values, crow, col = csr_of(random_weight(130, 1030, sparsity).float())
+    plan = csr.csr_plan(crow, col, 1030)
+    bias = torch.randn(130)
+    dense = torch.zeros(130, 1030, dtype=torch.float64)
+    rows = torch.repeat_interleave(torch.arange(130), crow.diff().long())
+    dense[rows, col.long()] = values.double()
+    before = torch.get_num_threads()
+    for tokens in range(1, 36):
+        torch.set_num_threads(1 + tokens % 3)
+        x = torch.randn(tokens, 1030)
+        y = csr.csr_linear(x, values, crow, col, bias, plan, None, "relu")
+        want = torch.relu(x.double() @ dense.t() + bias.double())
+        check_close(y, want, torch.float32, 1030)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(_C is None, reason="only the compiled ops have instruction sets")
+@pytest.mark.parametrize("sparsity", [0.3, 0.97])
+def test_a_plan_runs_on_every_instruction_set(sparsity, isa):
+    """A plan may be pickled on one machine and used on another."""
+    values, crow, col = csr_of(random_weight(40, 300, sparsity).float())
+    x = torch.randn(2, 300)
+    plan = csr.csr_plan(crow, col, 300)
+    want = csr.csr_linear(x, values, crow, col)
+    for other in sk.available_isas():
+        _C.set_cpu_isa(other)
+        got = csr.csr_linear(x, values, crow, col, None, plan)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=60, deadline=None)

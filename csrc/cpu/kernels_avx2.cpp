@@ -8,5 +8,5 @@
 
 namespace sparsekern {
 const Kernels kernels_avx2 = {"avx2", Vec::N,     8,    kSddmmVectors, spmm,
-                              sddmm,  fill_panel, spmv, 0.25};
+                              sddmm,  fill_panel, spmv, 0.22};
 }  // namespace sparsekern
