@@ -1,6 +1,6 @@
 // A sparse matrix times few tokens. Every weight is read once, so the aim is the speed of memory:
-// a small index (spmv_plan.h), several streams of weights at once, no gathers (slow on AMD, and on
-// Intel since their microcode was mended). See bench/NOTES.md, "One token".
+// a small index (spmv_plan.h), several streams of weights at once, no gathers, which lose to single
+// loads on AMD. See bench/NOTES.md, "One token".
 namespace sparsekern {
 namespace {
 
