@@ -19,7 +19,7 @@ FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unknown-prag
 # feature named here before it picks a table.
 ISA_FLAGS = {"scalar": ["-ffp-contract=fast"]}
 if platform.machine() in ("x86_64", "AMD64"):
-    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mbmi", "-mbmi2"]
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]
     ISA_FLAGS["avx512"] = [
         *ISA_FLAGS["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
@@ -75,7 +75,7 @@ def extensions() -> list:
         "extra_compile_args": {"cxx": [*FLAGS, TORCH_TARGET]},
         "py_limited_api": True,
     }
-    cpu = [f"csrc/cpu/{name}.cpp" for name in ("ops", "conv", "driver", "isa")]
+    cpu = [f"csrc/cpu/{name}.cpp" for name in ("ops", "conv", "driver", "few_tokens", "isa")]
     found = [CppExtension("sparsekern._C", [*cpu, "csrc/host/module.cpp"], **common)]
     cuda = sorted(str(p) for p in Path("csrc/cuda").glob("*.c*"))
     build_cuda, reason = cuda_choice(cuda)

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -41,7 +42,7 @@ inline std::string shape_of(const Tensor& t) {
 }
 
 inline void check_dtype(const std::string& op, const char* name, const Tensor& t,
-                        const std::vector<ScalarType>& allowed) {
+                        std::initializer_list<ScalarType> allowed) {
   std::string wanted;
   for (ScalarType a : allowed) {
     if (t.scalar_type() == a) return;

@@ -82,6 +82,11 @@ def _conv(n, c, size, out, kernel, sparsity, *, stride=1, padding=0, dilation=1,
     return Sample(name, build, 9 * c // groups, (0, 1, 4) if bias else (0, 1))
 
 
+def _few(rows, cols, sparsity, **options):
+    """Every number of tokens that the kernels for few tokens tell apart."""
+    return [_linear(tokens, cols, rows, sparsity, **options) for tokens in (1, 2, 3, 6, 9, 14)]
+
+
 LINEAR = [
     _linear(0, 8, 8, 0.5),
     _linear(1, 64, 33, 0.5),
@@ -98,6 +103,15 @@ LINEAR = [
     _linear(40, 1, 17, 0.3),
     _linear(33, 50, 40, 1.0),
     _linear(129, 700, 1030, 0.98, kind="skewed"),
+    # few tokens: a bitmap and 16-bit columns, with and without columns behind the last full word
+    *_few(21, 192, 0.4, kind="skewed", act="relu"),
+    *_few(37, 131, 0.5, bias=False),
+    *_few(18, 211, 0.93, kind="skewed"),
+    _linear(1, 13000, 3, 0.9),  # two blocks of columns
+    _linear(5, 70000, 2, 0.99, kind="skewed"),  # wider than 16 bits
+    _linear(2, 70000, 2, 0.5),
+    _linear(33, 211, 18, 0.93),
+    _linear(1, 64, 40, 1.0),
 ]
 
 CONV = [

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from samples import SAMPLES, csr_of, random_weight
 
 import sparsekern as sk
+from sparsekern._load import _C
 from sparsekern.ops import conv, csr
 
 OPS = {"csr_linear": csr.csr_linear, "csr_conv2d": conv.csr_conv2d}
@@ -40,11 +41,12 @@ def run(function, arguments, positions, grad):
     return [y.detach(), *grads]
 
 
-def check_close(got, want, dtype, terms):
+def check_close(got, want, dtype, terms, scale=None):
+    """`scale`: size of the terms' sum without cancellation, where the largest result can be tiny."""
     assert got.shape == want.shape
     if not got.numel():
         return
-    scale = max(float(want.abs().max()), 1e-30)
+    scale = max(float(want.abs().max()), scale or 1e-30)
     # Rounding errors of a sum of n terms grow like sqrt(n); the result is rounded once more.
     tolerance = 8 * EPSILON[torch.float32 if dtype == torch.bfloat16 else dtype] * math.sqrt(terms)
     if dtype == torch.bfloat16:
@@ -150,7 +152,7 @@ def test_non_contiguous_inputs(isa):
     torch.testing.assert_close(conv.csr_conv2d(last, *arguments[1:]), conv.csr_conv2d(*arguments))
 
 
-@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("tokens", [1, 4, 8, 20])
 def test_nan_and_inf_spread_where_a_weight_is_stored(tokens, isa):
     weight = torch.zeros(3, 40)
     weight[0, 5], weight[1, 6] = 2.0, 3.0
@@ -176,6 +178,38 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
         torch.testing.assert_close(y, results[0])
 
 
+@pytest.mark.parametrize("sparsity", [0.5, 0.95])
+def test_each_number_of_tokens_and_threads(sparsity, isa):
+    values, crow, col = csr_of(random_weight(130, 1030, sparsity).float())
+    plan = csr.csr_plan(crow, col, 1030)
+    bias = torch.randn(130)
+    dense = torch.zeros(130, 1030, dtype=torch.float64)
+    rows = torch.repeat_interleave(torch.arange(130), crow.diff().long())
+    dense[rows, col.long()] = values.double()
+    before = torch.get_num_threads()
+    for tokens in range(1, 36):
+        torch.set_num_threads(1 + tokens % 3)
+        x = torch.randn(tokens, 1030)
+        y = csr.csr_linear(x, values, crow, col, bias, plan, None, "relu")
+        want = torch.relu(x.double() @ dense.t() + bias.double())
+        check_close(y, want, torch.float32, 1030)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(_C is None, reason="only the compiled ops have instruction sets")
+@pytest.mark.parametrize("sparsity", [0.3, 0.97])
+def test_a_plan_runs_on_every_instruction_set(sparsity, isa):
+    """A plan may be pickled on one machine and used on another."""
+    values, crow, col = csr_of(random_weight(40, 300, sparsity).float())
+    x = torch.randn(2, 300)
+    plan = csr.csr_plan(crow, col, 300)
+    want = csr.csr_linear(x, values, crow, col)
+    for other in sk.available_isas():
+        _C.set_cpu_isa(other)
+        got = csr.csr_linear(x, values, crow, col, None, plan)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     tokens=st.integers(0, 140),
@@ -189,8 +223,9 @@ def test_linear_property(tokens, cols, rows, sparsity, kind):
     values, crow, col = csr_of(weight.float())
     x = torch.randn(tokens, cols)
     y = csr.csr_linear(x, values, crow, col)
-    want = x.double() @ weight.float().double().t()
-    check_close(y, want, torch.float32, cols)
+    exact = weight.float().double().t()
+    scale = float((x.double().abs() @ exact.abs()).max()) / math.sqrt(cols) if tokens else None
+    check_close(y, x.double() @ exact, torch.float32, cols, scale)
 
 
 @settings(max_examples=40, deadline=None)

@@ -309,37 +309,5 @@ void unpack(const PlanView& plan, const float* packed, float* values, int64_t gr
   }
 }
 
-// Values and columns are read once, at the speed of the memory: fetch them this many ahead.
-constexpr int64_t kStreamAhead = 256;
-
-void spmv(const int32_t* crow, const int32_t* col, const float* values, const float* x,
-          const float* bias, Activation activation, float* y, int64_t row_begin, int64_t row_end) {
-  for (int64_t r = row_begin; r < row_end; r += Vec::N) {
-    const int64_t rows = row_end - r < Vec::N ? row_end - r : Vec::N;
-    Vec part[Vec::N];
-    for (int64_t u = 0; u < Vec::N; ++u) part[u] = Vec::set(0.f);
-    for (int64_t u = 0; u < rows; ++u) {
-      int64_t i = crow[r + u];
-      const int64_t end = crow[r + u + 1];
-      Vec even = Vec::set(0.f), odd = even;
-      for (; i + 2 * Vec::N <= end; i += 2 * Vec::N) {
-        for (int64_t j = 0; j < 2 * Vec::N; j += 16) {  // one cache line at a time
-          __builtin_prefetch(values + i + j + kStreamAhead);
-          __builtin_prefetch(col + i + j + kStreamAhead);
-        }
-        even = fma(Vec::load(values + i), Vec::gather(x, col + i), even);
-        odd = fma(Vec::load(values + i + Vec::N), Vec::gather(x, col + i + Vec::N), odd);
-      }
-      part[u] = even + odd;
-      for (; i + Vec::N <= end; i += Vec::N)
-        part[u] = fma(Vec::load(values + i), Vec::gather(x, col + i), part[u]);
-      if (i < end)
-        part[u] = fma(Vec::load(values + i, end - i), Vec::gather(x, col + i, end - i), part[u]);
-    }
-    const Vec b = bias ? Vec::load(bias + r, rows) : Vec::set(0.f);
-    activate(sum_each(part) + b, activation).store(y + r, rows);
-  }
-}
-
 }  // namespace
 }  // namespace sparsekern

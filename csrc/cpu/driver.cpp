@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
 #include <cstdlib>
 
 namespace sparsekern {
@@ -27,9 +29,17 @@ Tensor as_contiguous(const Tensor& t, ScalarType dtype) {
   return packed(to_dtype(t, dtype));
 }
 
+// Past the dispatcher, which would cost as much as a small layer.
 Tensor empty_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(shape.data(), shape.size()),
-                              dtype);
+  std::vector<int64_t> stride(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;)
+    stride[i - 1] = stride[i] * std::max<int64_t>(1, shape[i]);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(shape.size()), shape.data(), stride.data(),
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 void check_operand(const std::string& op, const char* name, const Tensor& t, const Tensor& like) {
@@ -51,7 +61,7 @@ Pattern check_pattern(const std::string& op, const Tensor& crow, const Tensor& c
   check_size(op, "col.size(0) = values.size(0)", col.size(0), nnz);
   const int64_t rows = crow.size(0) - 1;
   if (cols > INT32_MAX) fail(op, "at most 2^31 - 1 columns", std::to_string(cols));
-  return {packed(crow), contiguous(col), rows, cols, nnz, groups, taps};
+  return {packed(crow), packed(col), rows, cols, nnz, groups, taps};
 }
 
 static void validate(const std::string& op, const Pattern& p) {
@@ -81,6 +91,8 @@ PlanHolder get_plan(const std::string& op, const Pattern& p, const std::optional
     validate(op, p);
     h.own = build_plan(p.crow_data(), p.col_data(), p.rows, p.cols, p.groups,
                        plan_shape(p.crow_data(), p.rows, p.cols, panel_tokens().spmm));
+    if (p.groups == 1 && p.taps == 1)  // the input is a matrix
+      append_spmv(&h.own, p.crow_data(), p.col_data(), p.rows, p.cols, kernels().bitmap_density);
     data = h.own.data(), size = static_cast<int64_t>(h.own.size());
   }
   if (size > 2 && data[0] == kPlanMagic && data[2] != p.cols && p.taps == 1)

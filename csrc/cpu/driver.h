@@ -65,6 +65,12 @@ struct Operands {
 // out = act(values * source + bias), split over threads.
 void run_spmm(const PlanView& plan, const Operands& operands);
 
+// Up to this many tokens, run_few is the faster one where the plan holds an index for it.
+bool few_tokens(const PlanView& plan, int64_t tokens);
+
+// As run_spmm for a matrix (tokens, cols) and few tokens.
+void run_few(const PlanView& plan, const int32_t* crow, const Operands& operands);
+
 // out[i] = <grad of row(i), source of col(i)>, split over threads.
 void run_sddmm(const PlanView& plan, const Operands& operands, const Source& grad, float* out);
 

@@ -18,6 +18,21 @@ struct Run {
 // Rows of a tile hold the same columns inside their block of columns: block and vector patterns.
 constexpr int kTileRows = 4;
 
+// What the one-token kernels read instead of int32 columns, see spmv_plan.h.
+enum SpmvIndex : int32_t { kSpmvNone = 0, kSpmvColumns = 1, kSpmvBitmap = 2 };
+
+struct SpmvView {
+  SpmvIndex kind;
+  int64_t blocks;           // blocks of columns of kSpmvColumns
+  const int32_t* words;     // bitmap: (rows, words of 64 bits); columns: (rows, blocks - 1) ends
+  const uint16_t* columns;  // (nnz,) counted from the start of the block
+};
+
+// Columns in each block but the last: whole cache lines of x.
+inline int64_t spmv_width(int64_t cols, int64_t blocks) {
+  return ((cols + blocks - 1) / blocks + 15) / 16 * 16;
+}
+
 // A schedule over a CSR matrix, see plan.h. Runs are grouped by (row block, column block). A group
 // starts with its row tiles, kTileRows runs each; the other runs come in order of falling count, so
 // that the exit of the inner loop is predicted.
@@ -34,6 +49,7 @@ struct PlanView {
   // (nnz,) column of each value from the start of its block of columns, in the order of the runs,
   // so that a kernel reads one stream
   const uint16_t* offsets;
+  SpmvView spmv;
 };
 
 // Where the dense operand comes from. "Token" t is a row of a matrix, or an output pixel of an
@@ -96,6 +112,25 @@ struct SpmmArgs {
   float* scratch;   // spmm_scratch() floats, 64-byte aligned
 };
 
+// Tokens side by side in the panel of spmv.
+inline int64_t spmv_panel(int64_t tokens) {
+  return tokens <= 4 ? 4 : tokens <= 8 ? 8 : 16;
+}
+
+struct SpmvArgs {
+  SpmvView index;
+  int64_t rows, cols, nnz;
+  const int32_t* crow;
+  const float* values;
+  const float* x;      // (tokens, cols)
+  const float* panel;  // x as (cols, spmv_panel(tokens)), only for columns and several tokens
+  const float* bias;   // (rows,) or null
+  Activation activation;
+  float* y;  // (tokens, rows)
+  int64_t row_begin, row_end;
+  int64_t tokens;
+};
+
 struct SddmmArgs {
   PlanView plan;
   const float* grad_panels;   // panels of the left operand made by fill_panel, one per token panel
@@ -129,10 +164,9 @@ struct Kernels {
                      int64_t token_end, int64_t col_begin, int64_t col_end);
   // Pads one channel of one image and splits it into phases, see planes.h.
   void (*fill_plane)(const PlaneArgs&);
-  // y[r] = act(sum_k values[r, k] * x[k] + bias[r]) for rows [row_begin, row_end)
-  void (*spmv)(const int32_t* crow, const int32_t* col, const float* values, const float* x,
-               const float* bias, Activation activation, float* y, int64_t row_begin,
-               int64_t row_end);
+  // y[t, r] = act(sum_k values[r, k] * x[t, k] + bias[r]) for rows [row_begin, row_end), few tokens
+  void (*spmv)(const SpmvArgs&);
+  double bitmap_density;  // share of stored weights from which on spmv runs faster from a bitmap
 };
 
 extern const Kernels kernels_scalar;

@@ -5,8 +5,9 @@
 #include "planes.inl"
 #include "csr.inl"
 #include "sddmm.inl"
+#include "spmv.inl"
 
 namespace sparsekern {
 const Kernels kernels_avx512 = {"avx512", Vec::N, 8,          kSddmmVectors, pack, unpack,
-                                spmm,     sddmm,  fill_panel, fill_plane,    spmv};
+                                spmm,     sddmm,  fill_panel, fill_plane,    spmv, 0.18};
 }  // namespace sparsekern

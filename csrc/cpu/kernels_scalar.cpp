@@ -4,8 +4,9 @@
 #include "planes.inl"
 #include "csr.inl"
 #include "sddmm.inl"
+#include "spmv.inl"
 
 namespace sparsekern {
 const Kernels kernels_scalar = {"scalar", Vec::N, 4,          kSddmmVectors, pack, unpack,
-                                spmm,     sddmm,  fill_panel, fill_plane,    spmv};
+                                spmm,     sddmm,  fill_panel, fill_plane,    spmv, 2};
 }  // namespace sparsekern

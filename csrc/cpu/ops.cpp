@@ -22,16 +22,6 @@ int64_t tokens_of(const Tensor& x) {
   return n;
 }
 
-void spmv_rows(const Pattern& p, const float* values, const float* x, const float* bias,
-               Activation activation, float* y, int64_t tokens) {
-  const int64_t grain = std::max<int64_t>(1, 30000 * p.rows / std::max<int64_t>(1, p.nnz));
-  torch::stable::parallel_for(0, p.rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t t = 0; t < tokens; ++t)
-      kernels().spmv(p.crow_data(), p.col_data(), values, x + t * p.cols, bias, activation,
-                     y + t * p.rows, begin, end);
-  });
-}
-
 Tensor csr_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& col,
                       const std::optional<Tensor>& bias, const std::optional<Tensor>& plan,
                       const std::optional<Tensor>&, const std::string& activation) {
@@ -66,10 +56,10 @@ Tensor csr_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& crow,
   matrix.data = xc.const_data_ptr<float>();
   sink.data = y.mutable_data_ptr<float>();
   const float* b = bc ? bc->const_data_ptr<float>() : nullptr;
-  if (tokens <= 2) spmv_rows(p, vc.const_data_ptr<float>(), matrix.data, b, act, sink.data, tokens);
-  else
-    run_spmm(holder.view,
-             {vc.const_data_ptr<float>(), nullptr, b, act, {&matrix, nullptr}, sink, tokens, 1, 0});
+  const Operands operands{
+      vc.const_data_ptr<float>(), nullptr, b, act, {&matrix, nullptr}, sink, tokens, 1, 0};
+  if (few_tokens(holder.view, tokens)) run_few(holder.view, p.crow_data(), operands);
+  else run_spmm(holder.view, operands);
   return to_dtype(y, x.scalar_type());
 }
 

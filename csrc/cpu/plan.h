@@ -11,10 +11,11 @@
 #include <vector>
 
 #include "kernels.h"
+#include "spmv_plan.h"
 
 namespace sparsekern {
 
-constexpr int32_t kPlanMagic = 0x534b5033;  // "SKP3", changes with the layout
+constexpr int32_t kPlanMagic = 0x534b5034;  // "SKP4", changes with the layout
 constexpr int64_t kPlanHeader = 16;
 constexpr int64_t kRunPadding = 32;  // the kernels fetch this far ahead
 
@@ -172,8 +173,8 @@ inline bool view_plan(const int32_t* p, int64_t size, int64_t rows, int64_t cols
   if (size < kPlanHeader || p[0] != kPlanMagic || p[1] != rows || p[2] != cols || p[3] != nnz ||
       p[8] != groups)
     return false;
-  *v = {rows,    cols,    nnz,     p[4],    p[5],   p[6], p + kPlanHeader,
-        nullptr, nullptr, nullptr, nullptr, nullptr};
+  *v = {rows,    cols,    nnz,     p[4],    p[5],    p[6], p + kPlanHeader,
+        nullptr, nullptr, nullptr, nullptr, nullptr, {}};
   const int64_t groups_of_runs = v->n_row_blocks * v->n_col_blocks;
   v->run_start = v->row_start + v->n_row_blocks + 1;
   v->n_tiles = v->run_start + groups_of_runs + 1;
@@ -182,7 +183,8 @@ inline bool view_plan(const int32_t* p, int64_t size, int64_t rows, int64_t cols
   v->runs = reinterpret_cast<const Run*>(runs);
   const int32_t* offsets = runs + static_cast<int64_t>(p[7]) * 3;
   v->offsets = reinterpret_cast<const uint16_t*>(offsets);
-  return size == offsets + (nnz + 1) / 2 - p;
+  const int64_t used = offsets + (nnz + 1) / 2 - p;
+  return view_spmv(p, size, used, rows, cols, nnz, &v->spmv);
 }
 
 // What the gradients need: the transpose of a pattern (its own CSR, where each value sits in the
@@ -190,7 +192,7 @@ inline bool view_plan(const int32_t* p, int64_t size, int64_t rows, int64_t cols
 // cut for the wider panels of the weight gradient. For a convolution weight (out, in / groups, kh,
 // kw) it is the matrix of the input gradient, (in, out / groups * kh * kw); a matrix is the case of
 // one tap and one group.
-constexpr int32_t kTransposedMagic = 0x534b5433;  // "SKT3"
+constexpr int32_t kTransposedMagic = 0x534b5434;  // "SKT4"
 
 struct Transposed {
   const int32_t *crow, *col, *perm;

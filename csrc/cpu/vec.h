@@ -33,14 +33,7 @@ struct Vec {
   SK_INLINE void store(float* p, int64_t n) const {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
   }
-  static SK_INLINE Vec gather(const float* base, const int32_t* index) {
-    return {_mm512_i32gather_ps(_mm512_loadu_si512(index), base, 4)};
-  }
-  static SK_INLINE Vec gather(const float* base, const int32_t* index, int64_t n) {
-    const __mmask16 m = static_cast<__mmask16>((1u << n) - 1);
-    return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), m, _mm512_maskz_loadu_epi32(m, index),
-                                     base, 4)};
-  }
+  SK_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
 };
 
 SK_INLINE Vec operator+(Vec a, Vec b) {
@@ -147,14 +140,10 @@ struct Vec {
     return {_mm256_maskload_ps(p, _mm256_andnot_si256(mask(first), mask(end)))};
   }
   SK_INLINE void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, mask(n), v); }
-  static SK_INLINE Vec gather(const float* base, const int32_t* index) {
-    return {
-        _mm256_i32gather_ps(base, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index)), 4)};
-  }
-  static SK_INLINE Vec gather(const float* base, const int32_t* index, int64_t n) {
-    const __m256i m = mask(n);
-    return {_mm256_mask_i32gather_ps(_mm256_setzero_ps(), base, _mm256_maskload_epi32(index, m),
-                                     _mm256_castsi256_ps(m), 4)};
+  SK_INLINE float sum() const {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
 };
 
@@ -246,14 +235,6 @@ struct Vec {
   }
   SK_INLINE void store(float* p, int64_t n) const {
     for (int64_t i = 0; i < n; ++i) p[i] = v[i];
-  }
-  static SK_INLINE Vec gather(const float* base, const int32_t* index) {
-    return gather(base, index, 4);
-  }
-  static SK_INLINE Vec gather(const float* base, const int32_t* index, int64_t n) {
-    Vec r = set(0.f);
-    for (int64_t i = 0; i < n; ++i) r.v[i] = base[index[i]];
-    return r;
   }
   SK_INLINE float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
 };
