@@ -84,9 +84,10 @@ def slots(model: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[Slot]:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether hooks would see that the module is gone or gives something else."""
+    """Whether hooks or a patched forward would see that the module is gone or does more."""
     return bool(
-        module._forward_hooks or module._forward_pre_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks or module._forward_pre_hooks
         or module._backward_hooks or module._backward_pre_hooks
     )  # fmt: skip
 
@@ -109,15 +110,15 @@ def trace(model: nn.Module, inputs, layers: list[Slot], readers: list[Slot]) -> 
     several places is told apart; the model comes back as it was.
     """
     watch = _Watch()
+    copies = [watch.layer(slot, shallow_copy(slot.module)) for slot in layers]
+    copies += [watch.reader(slot, shallow_copy(slot.module)) for slot in readers]
     handles = [
         module.register_forward_pre_hook(lambda m, args: watch.links.unsafe.add(id(m)))
         for module in {slot.module for slot in (*layers, *readers)}
     ]
     try:
-        for slot in layers:
-            slot.put(watch.layer(slot, shallow_copy(slot.module)))
-        for slot in readers:
-            slot.put(watch.reader(slot, shallow_copy(slot.module)))
+        for slot, copy in zip((*layers, *readers), copies, strict=True):
+            slot.put(copy)
         with torch.no_grad(), _Functions(watch), _Operators(watch):
             result = forward_call(model, inputs)()
         watch.finish()
