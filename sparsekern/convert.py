@@ -255,24 +255,25 @@ def _time(job: _Job, candidate: Candidate) -> None:
     """Dense layer (and the activation that may be fused) against the sparse layer."""
     training = job.mode == "training"
     dense_ms = sparse_ms = error = 0.0
-    for site, sparse in zip(candidate.sites, candidate.sparse, strict=True):
-        dense = site.module
-        if site.module in job.planned:
+    for site, twin in zip(candidate.sites, candidate.sparse, strict=True):
+        dense, sparse = site.module, twin
+        if site.module in job.planned:  # as they hang in the model, with an nn.Identity left behind
             dense = nn.Sequential(dense, job.activations.module_after(dense))
+            sparse = nn.Sequential(twin, nn.Identity())
         for spec, count in job.specs.get(id(site.module), {}).items():
-            key = layer_key(sparse, spec, training)
+            key = layer_key(twin, spec, training)
             times = job.tuning.get(key)
             if times is None:
                 times = time_layer(dense, sparse, spec, training, job.budget_s)
                 job.tuning.put(key, *times)
             dense_ms += count * times[0]
             sparse_ms += count * times[1]
-            error = max(error, _difference(dense, sparse, spec))
+            error = max(error, _difference(dense, sparse, spec, twin.weight.device))
     candidate.dense_ms, candidate.sparse_ms, candidate.error = dense_ms, sparse_ms, error
 
 
-def _difference(dense: nn.Module, sparse: nn.Module, spec: InputSpec) -> float:
-    x = spec.make(sparse.weight.device)
+def _difference(dense: nn.Module, sparse: nn.Module, spec: InputSpec, device) -> float:
+    x = spec.make(device)
     with torch.inference_mode():
         gap = (dense(x).double() - sparse(x).double()).abs()
     return float(gap.max()) if gap.numel() else 0.0

@@ -3,7 +3,8 @@
 A file is a plain safetensors file. Each sparse weight `<name>` is stored as `<name>.values` and its
 positions (see `storage_codec`); everything else is stored under its state_dict key. The header key
 `sparsekern` holds JSON: `{"version": 1, "layers": {name: {shape, pattern, encoding}}, "aliases":
-{name: stored name}, "folded": [names of folded normalisations]}`. Kernel schedules are not stored, so a file serves every device and ISA.
+{name: stored name}, "folded": [names of folded normalisations]}`. Kernel schedules are not stored,
+so a file serves every device and ISA.
 """
 
 import json
