@@ -24,6 +24,22 @@ def prepared(model, sparsity=0.9, dtype=torch.float32):
     return model.to(dtype).eval()
 
 
+class ConvNet(nn.Module):
+    """Conv, norm and ReLU twice with a shared ReLU, a residual sum, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.na = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.b, self.nb = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.relu, self.last = nn.ReLU(inplace=True), nn.ReLU()
+        self.fc, self.nf = nn.Linear(8, 5), nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        x = self.relu(self.na(self.a(x)))
+        x = self.last(self.nb(self.b(x)) + x)
+        return self.nf(self.fc(x.mean((2, 3))))
+
+
 def forced(monkeypatch, sparse=lambda layer: True, whole=2.0):
     """Decide without the clock: `sparse` says which layers win, `whole` the gain of the model."""
 
