@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import gc
 import weakref
 from collections import Counter
@@ -164,8 +165,11 @@ class _Watch:
     def __init__(self):
         self.links = Links()
         self.outputs: dict[int, _Output] = {}
-        self.weights: Counter[int] = Counter()  # reads of each weight, those of its layer taken off
+        # Weights by address, not by storage: all weights of a file may lie in one.
         self.owners: dict[int, nn.Module] = {}
+        self.ends: dict[int, int] = {}
+        self.starts: list[int] = []
+        self.weights: Counter[int] = Counter()  # reads of each, those by its layer taken off
 
     def read(self, args, kwargs) -> None:
         for leaf in tree_leaves((args, kwargs)):
@@ -174,12 +178,20 @@ class _Watch:
             key = _key(leaf)
             if key in self.outputs:
                 self.outputs[key].reads += 1
-            elif key in self.owners:
-                self.weights[key] += 1
+            elif key is not None:
+                self._read_weight(leaf.data_ptr())
+
+    def _read_weight(self, address: int) -> None:
+        index = bisect.bisect_right(self.starts, address) - 1
+        if index >= 0 and address < self.ends[self.starts[index]]:
+            self.weights[self.starts[index]] += 1
 
     def layer(self, slot: Slot, module: nn.Module) -> nn.Module:
-        weight = _key(module.weight)
+        weight = module.weight.data_ptr()
+        if weight not in self.owners:
+            bisect.insort(self.starts, weight)
         self.owners[weight] = slot.module
+        self.ends[weight] = weight + module.weight.numel() * module.weight.element_size()
         before: list[int] = []
 
         def enter(module, args):
@@ -199,8 +211,9 @@ class _Watch:
     def reader(self, slot: Slot, module: nn.Module) -> nn.Module:
         entered: list[_Output | None] = []
 
-        def enter(module, args):
-            x = args[0] if len(args) == 1 and isinstance(args[0], Tensor) else None
+        def enter(module, args, kwargs):
+            alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+            x = args[0] if alone else None
             output = None if x is None else self.outputs.get(_key(x))
             seen = self.links.inputs.setdefault(slot, [])
             if output and (output.reads or output.reader or output.tensor() is not x):
@@ -216,7 +229,7 @@ class _Watch:
                 output.reads_when_left = output.reads
                 output.in_place = isinstance(y, Tensor) and _key(y) == output.storage.cdata
 
-        module.register_forward_pre_hook(enter)
+        module.register_forward_pre_hook(enter, with_kwargs=True)
         module.register_forward_hook(leave)
         return module
 

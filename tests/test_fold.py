@@ -178,3 +178,19 @@ def test_a_run_that_fails_leaves_the_model_as_it_was():
         sk.fold_batchnorm(model, torch.randn(2, 5, 9, 9))
     assert list(model.modules()) == modules
     assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
+
+
+def test_weights_in_one_storage():
+    """As a file leaves them; reading one is not reading the others."""
+    model, x = settled(Net()), torch.randn(2, 3, 9, 9)
+    parameters = list(model.parameters())
+    flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.data = part.view(p.shape)
+    want = [y.detach() for y in model(x)]
+    assert sk.fold_batchnorm(model, x) == ["na", "nf"]
+    torch.testing.assert_close(model(x)[0], want[0], rtol=1e-4, atol=1e-5)
+
+
+def test_part_of_a_weight_read_elsewhere():
+    unchanged(settled(Pair(lambda m, x: m.norm(m.fc(x)) + m.fc.weight[3])), torch.randn(6, 6))
