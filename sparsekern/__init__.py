@@ -2,10 +2,11 @@
 
 from . import patterns
 from ._load import available_isas, cpu_isa
-from .conversion import ConversionReport, LayerReport
-from .convert import convert_to_sparse, report, to_dense
+from .conversion import ConversionReport, LayerReport, report
+from .convert import convert_to_sparse
 from .doctor import doctor
 from .fold import fold_batchnorm
+from .fuse import to_dense
 from .measure import Comparison, compare
 from .nn import SparseConv2d, SparseLinear
 from .prune import (

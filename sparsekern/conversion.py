@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+from torch import nn
+
+from .sites import find_sparse
+
+REPORT = "_sparsekern_report"
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -21,6 +27,7 @@ class LayerReport:
         sparse_ms: The same for the sparse layer.
         max_error: Largest absolute difference of the outputs, None when not compared.
         reason: Why this format.
+        activation: The activation fused into the sparse layer, or `none`.
     """
 
     name: str
@@ -33,6 +40,7 @@ class LayerReport:
     sparse_ms: float | None
     max_error: float | None
     reason: str
+    activation: str = "none"
 
 
 @dataclass
@@ -44,6 +52,13 @@ class ConversionReport:
         mode: `inference` or `training`.
         model_dense_ms: Median time of the whole model before, None when not timed.
         model_sparse_ms: Median time after.
+        model_folded_ms: Median time of the dense model with its normalisations folded, None when
+            none were.
+        folded: Names of the normalisations folded into the layer before them.
+        fused: Names of the activations that sparse layers compute now.
+        fusion_error: Largest difference that folding, fusing and sparse layers together make to the
+            outputs of the whole model, relative to the largest output. None when nothing was folded
+            or fused, or the outputs hold no tensor.
         reverted: Whether the model went back to dense because it was not faster as a whole.
         notes: Anything else to know.
     """
@@ -52,6 +67,10 @@ class ConversionReport:
     mode: str = "inference"
     model_dense_ms: float | None = None
     model_sparse_ms: float | None = None
+    model_folded_ms: float | None = None
+    folded: list[str] = field(default_factory=list)
+    fused: list[str] = field(default_factory=list)
+    fusion_error: float | None = None
     reverted: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -72,6 +91,9 @@ class ConversionReport:
                 f"; whole model {self.model_dense_ms:.2f} ms dense, {self.model_sparse_ms:.2f} ms "
                 f"sparse ({self.model_dense_ms / self.model_sparse_ms:.2f}x)"
             )
+            if self.model_folded_ms:
+                ratio = self.model_folded_ms / self.model_sparse_ms
+                text += f", {self.model_folded_ms:.2f} ms dense and folded ({ratio:.2f}x)"
         return text + ("; reverted to dense" if self.reverted else "")
 
     def table(self) -> str:
@@ -83,10 +105,39 @@ class ConversionReport:
         text = text_table(
             f"convert_to_sparse, {self.mode}", columns, [_cells(row) for row in self.layers]
         )
-        return "\n".join([text.rstrip("\n"), self.summary(), *self.notes])
+        return "\n".join([text.rstrip("\n"), self.summary(), *self._fusion(), *self.notes])
+
+    def _fusion(self) -> list[str]:
+        lines = []
+        if self.folded:
+            lines.append(f"{len(self.folded)} normalisations folded: {', '.join(self.folded)}")
+        if self.fused:
+            lines.append(f"{len(self.fused)} activations fused: {', '.join(self.fused)}")
+        if lines and self.fusion_error is not None:
+            lines.append(f"outputs of the whole model within {self.fusion_error:.1e} of before")
+        return lines
 
     def __str__(self) -> str:
         return self.table()
+
+
+def report(model: nn.Module) -> ConversionReport:
+    """What `convert_to_sparse` did to this model, layer by layer.
+
+    A model that was not converted (built from sparse layers, say) gets a report without times.
+    """
+    found = getattr(model, REPORT, None)
+    if found is not None:
+        return found
+    rows = [
+        LayerReport(
+            site.name, site.kind, tuple(site.module.weight.shape), site.module.pattern,
+            site.module.sparsity, "csr", None, None, None, "sparse layer, not timed",
+            site.module.activation,
+        )
+        for site in find_sparse(model)
+    ]  # fmt: skip
+    return ConversionReport(layers=rows)
 
 
 def _cells(row: LayerReport) -> list[str]:
@@ -95,7 +146,8 @@ def _cells(row: LayerReport) -> list[str]:
 
     ratio = f"{row.dense_ms / row.sparse_ms:.2f}x" if row.dense_ms and row.sparse_ms else "-"
     shape = "x".join(str(n) for n in row.shape)
+    layout = row.format if row.activation == "none" else f"{row.format} + {row.activation}"
     return [
         row.name or "(the model)", f"{row.kind} {shape}", row.pattern, f"{row.sparsity:.1%}",
-        row.format, ms(row.dense_ms), ms(row.sparse_ms), ratio, row.reason,
+        layout, ms(row.dense_ms), ms(row.sparse_ms), ratio, row.reason,
     ]  # fmt: skip

@@ -4,41 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from .conversion import ConversionReport, LayerReport
+from .candidate import Candidate, eval_mode, swap, swap_back, time_model
+from .conversion import REPORT, ConversionReport, LayerReport, report
+from .fuse import Activations, Folds, Misread, check_agreement, run_once
 from .measure.structure import check_inputs, forward_call
-from .measure.timer import interleaved, speedup
 from .nn import SparseConv2d, SparseLinear
 from .patterns import detect
-from .sites import Site, find_sites, find_sparse, group_tied
+from .sites import find_sites, group_tied
 from .tune import MIN_GAIN, InputSpec, TuningCache, layer_key, time_layer
 from .weights import CSRWeight
 
-REPORT = "_sparsekern_report"
 WORTH_TIMING = 0.3  # fewer zeros than this cannot win in any kernel we have
 # Without example inputs nothing can be timed; these are the crossovers of the README's table for
 # inputs of a few hundred tokens or pixels and more.
 HEURISTIC = {"Linear": 0.7, "Conv1D": 0.7, "Conv2d": 0.8}
-
-
-@dataclass
-class _Candidate:
-    """A group of layers with one weight, its sparse twins and what was measured."""
-
-    sites: list[Site]
-    sparsity: float = 0.0
-    pattern: str = "unstructured"
-    sparse: list[nn.Module] = field(default_factory=list)
-    dense_ms: float | None = None
-    sparse_ms: float | None = None
-    error: float | None = None
-    take: bool = False
-    reason: str = ""
 
 
 def convert_to_sparse(
@@ -47,6 +31,7 @@ def convert_to_sparse(
     mode: str = "inference",
     *,
     min_gain: float = MIN_GAIN,
+    fuse: bool = True,
     budget_s: float = 0.15,
     cache: bool = True,
     progress: bool | None = None,
@@ -58,6 +43,13 @@ def convert_to_sparse(
     lost. Layers keep exactly the zeros that are there. `sparsekern.report(model)` tells what
     happened to each layer.
 
+    For inference, batch normalisation is folded into the layer before it, and ReLU and GELU modules
+    go into the sparse layers whose output they read, exactly up to rounding. That is done where a
+    run of `example_inputs` shows that nothing else reads the tensor in between (see
+    `fold_batchnorm`), needs a model in eval mode, and is checked on the outputs of the whole model.
+    The modules become an nn.Identity; `to_dense` brings activations back, a folded model stays
+    folded. A model that goes back to dense has its own modules and parameters again.
+
     Args:
         model: Any module; changed in place. Shared and tied layers stay shared and tied.
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments of the
@@ -67,6 +59,7 @@ def convert_to_sparse(
         mode: `inference` times the forward pass; `training` times forward and both gradients and
             prepares the backward pass.
         min_gain: Least ratio dense time / sparse time to take a sparse layer.
+        fuse: Whether to fold normalisations and fuse activations, for inference.
         budget_s: Seconds of timing per distinct layer shape.
         cache: Keep timings in the user's cache folder, so that the next conversion is quick.
         progress: Show a progress bar; None shows it in a terminal when there is much to time.
@@ -82,60 +75,62 @@ def convert_to_sparse(
     candidates = _check(model, mode, min_gain)
     if example_inputs is not None:
         check_inputs(example_inputs, "convert_to_sparse")
-    report = ConversionReport(mode=mode)
     device = candidates[0].sites[0].module.weight.device
-    specs = _record_inputs(model, candidates, example_inputs)
-    tuning = TuningCache(device, on_disk=cache and example_inputs is not None)
-    for candidate in _with_progress(candidates, progress):
-        _decide(candidate, specs, mode, min_gain, budget_s, tuning)
-    tuning.save()
-    taken = [c for c in candidates if c.take]
-    converted = _swap(model, taken)
-    if taken and example_inputs is not None:
-        converted = _confirm(model, converted, taken, example_inputs, report, budget_s)
-    report.layers = [row for c in candidates for row in _rows(c)]
-    object.__setattr__(converted, REPORT, report)
+    job = _Job(model, example_inputs, mode, min_gain, budget_s)
+    job.tuning = TuningCache(device, on_disk=cache and example_inputs is not None)
+    try:
+        if fuse and mode == "inference" and example_inputs is not None:
+            job.folds = Folds.find(model, example_inputs)
+            job.fuse = not job.folds.reason
+        return _convert(job, candidates, progress)
+    except Misread as error:
+        note = f"nothing folded or fused: {error}"
+    job.folds, job.fuse, job.planned = Folds(), False, {}
+    converted = _convert(job, _check(model, mode, min_gain), progress)
+    report(converted).notes.append(note)
     return converted
 
 
-def report(model: nn.Module) -> ConversionReport:
-    """What `convert_to_sparse` did to this model, layer by layer.
+@dataclass
+class _Job:
+    """One conversion: what was asked for, and what was found out about the model."""
 
-    A model that was not converted (built from sparse layers, say) gets a report without times.
-    """
-    found = getattr(model, REPORT, None)
-    if found is not None:
-        return found
-    rows = [
-        LayerReport(
-            site.name, site.kind, tuple(site.module.weight.shape), site.module.pattern,
-            site.module.sparsity, "csr", None, None, None, "sparse layer, not timed",
-        )
-        for site in find_sparse(model)
-    ]  # fmt: skip
-    return ConversionReport(layers=rows)
-
-
-def to_dense(model: nn.Module) -> nn.Module:
-    """Swap every sparse layer back for its dense twin, with the same weights and zeros.
-
-    In place; returns the model, or the dense layer if the model is a single sparse one.
-    """
-    result = model
-    tied: dict[int, nn.Parameter] = {}
-    for site in find_sparse(model):
-        dense = site.module.to_dense()
-        inner = dense[0] if isinstance(dense, nn.Sequential) else dense
-        inner.weight = tied.setdefault(id(site.module.weight), inner.weight)
-        site.put(dense)
-        if site.module is model:
-            result = dense
-    if REPORT in model.__dict__:
-        object.__delattr__(model, REPORT)
-    return result
+    model: nn.Module
+    inputs: object
+    mode: str
+    min_gain: float
+    budget_s: float
+    fuse: bool = False
+    folds: Folds = field(default_factory=Folds)
+    specs: dict[int, Counter] | None = None  # how often each layer saw which input, by its id
+    activations: Activations | None = None
+    planned: dict[nn.Module, str] = field(default_factory=dict)  # layer -> activation to fuse
+    tuning: TuningCache | None = None
 
 
-def _check(model, mode: str, min_gain: float) -> list[_Candidate]:
+def _convert(job: _Job, candidates: list[Candidate], progress: bool | None) -> nn.Module:
+    result = ConversionReport(mode=job.mode)
+    job.folds.apply()
+    try:
+        if job.folds.names:
+            candidates = [Candidate(group) for group in group_tied(find_sites(job.model))]
+        _decide_all(job, candidates, progress)
+        taken = [c for c in candidates if c.take]
+        converted = swap(job.model, taken)
+        if taken and job.inputs is not None:
+            converted = _confirm(job, converted, taken, result)
+    except BaseException:  # Ctrl-C too: the model goes back as it came
+        swap_back(job.model, candidates)
+        job.folds.undo()
+        raise
+    if not any(c.take for c in candidates):
+        job.folds.undo()
+    _describe(result, job, candidates)
+    object.__setattr__(converted, REPORT, result)
+    return converted
+
+
+def _check(model, mode: str, min_gain: float) -> list[Candidate]:
     def refuse(wanted, got):
         raise ValueError(f"convert_to_sparse: expected {wanted}, got {got}")
 
@@ -154,25 +149,12 @@ def _check(model, mode: str, min_gain: float) -> list[_Candidate]:
     for site in sites:
         if not site.obstacle and not bool(torch.isfinite(site.weight).all()):
             refuse("finite weights", f"NaN or Inf in layer {site.name or '(the model)'!r}")
-    return [_Candidate(group) for group in group_tied(sites)]
+    return [Candidate(group) for group in group_tied(sites)]
 
 
-@contextmanager
-def _eval_mode(*modules: nn.Module):
-    """Dropout and batch statistics off; training flags are restored."""
-    flags = [(m, m.training) for module in modules for m in module.modules()]
-    for module, _ in flags:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, training in flags:
-            module.training = training
-
-
-def _record_inputs(model, candidates, example_inputs) -> dict[int, Counter] | None:
+def _record_inputs(job: _Job, candidates) -> dict[int, Counter] | None:
     """How often each layer saw which input, by id of the layer."""
-    if example_inputs is None:
+    if job.inputs is None:
         return None
     specs: dict[int, Counter] = {}
 
@@ -183,8 +165,8 @@ def _record_inputs(model, candidates, example_inputs) -> dict[int, Counter] | No
     modules = [s.module for c in candidates for s in c.sites if not s.obstacle]
     hooks = [m.register_forward_pre_hook(remember, with_kwargs=True) for m in modules]
     try:
-        with _eval_mode(model), torch.inference_mode():
-            forward_call(model, example_inputs)()
+        with eval_mode(job.model), torch.inference_mode():
+            forward_call(job.model, job.inputs)()
     finally:
         for hook in hooks:
             hook.remove()
@@ -204,7 +186,28 @@ def _with_progress(candidates, progress: bool | None):
     return track(candidates, "timing layers", console=console, transient=True)
 
 
-def _decide(candidate, specs, mode, min_gain, budget_s, tuning) -> None:
+def _decide_all(job: _Job, candidates: list[Candidate], progress: bool | None) -> None:
+    """Choose for every candidate, build the sparse twins, settle which activations they take."""
+    job.specs = _record_inputs(job, candidates)
+    able = {s.module for c in candidates for s in c.sites if not s.obstacle}
+    if job.fuse:
+        job.activations = Activations(job.model, job.inputs, able)
+        job.planned = job.activations.of_layers(able)
+    for candidate in _with_progress(candidates, progress):
+        _decide(job, candidate)
+    job.tuning.save()
+    if not job.planned:
+        return
+    taken = [c for c in candidates if c.take]
+    twins = {s.module: t for c in taken for s, t in zip(c.sites, c.sparse, strict=True)}
+    final = job.activations.of_layers(set(twins))
+    for module, twin in twins.items():
+        twin.activation = final.get(module, "none")
+    if taken:
+        taken[0].fused = job.activations.places({m: twins[m] for m in final})
+
+
+def _decide(job: _Job, candidate: Candidate) -> None:
     """Fill in what the candidate's layers gain, and whether to take them."""
     site = candidate.sites[0]
     obstacle = next((s.obstacle for s in candidate.sites if s.obstacle), "")
@@ -217,143 +220,128 @@ def _decide(candidate, specs, mode, min_gain, budget_s, tuning) -> None:
         candidate.reason = f"only {candidate.sparsity:.0%} zeros"
         return
     candidate.pattern = str(detect(site.weight))
-    if specs is None:
+    if job.specs is None:
         threshold = HEURISTIC[site.kind]
         candidate.take = candidate.sparsity >= threshold
         candidate.reason = f"heuristic, no example_inputs: sparse from {threshold:.0%} zeros"
-    elif not any(id(s.module) in specs for s in candidate.sites):
+    elif not any(id(s.module) in job.specs for s in candidate.sites):
         candidate.reason = "not called in the run of example_inputs"
         return
-    candidate.sparse = _build(candidate, mode)
-    if specs is not None:
-        _time(candidate, specs, mode, budget_s, tuning)
+    candidate.sparse = _build(job, candidate)
+    if job.specs is not None:
+        _time(job, candidate)
         gain = candidate.dense_ms / candidate.sparse_ms
-        candidate.take = gain >= min_gain
+        candidate.take = gain >= job.min_gain
         candidate.reason = f"{'faster' if candidate.take else 'not faster'}: {gain:.2f}x"
 
 
-def _build(candidate: _Candidate, mode: str) -> list[nn.Module]:
+def _build(job: _Job, candidate: Candidate) -> list[nn.Module]:
     """Sparse twins around one shared weight."""
     first = candidate.sites[0]
     weight = CSRWeight.from_dense(
         first.weight, pattern=candidate.pattern, groups=getattr(first.module, "groups", 1)
     )
     weight.values.requires_grad_(first.module.weight.requires_grad)
-    if mode == "training":
+    if job.mode == "training":
         weight.prepare_training()
     layer = SparseConv2d if first.kind == "Conv2d" else SparseLinear
-    return [layer.from_weight(weight, site.module) for site in candidate.sites]
+    return [
+        layer.from_weight(weight, site.module, job.planned.get(site.module, "none"))
+        for site in candidate.sites
+    ]
 
 
-def _time(candidate, specs, mode, budget_s, tuning) -> None:
-    training = mode == "training"
+def _time(job: _Job, candidate: Candidate) -> None:
+    """Dense layer (and the activation that may be fused) against the sparse layer."""
+    training = job.mode == "training"
     dense_ms = sparse_ms = error = 0.0
-    for site, sparse in zip(candidate.sites, candidate.sparse, strict=True):
-        for spec, count in specs.get(id(site.module), {}).items():
-            key = layer_key(sparse, spec, training)
-            times = tuning.get(key)
+    for site, twin in zip(candidate.sites, candidate.sparse, strict=True):
+        dense, sparse = site.module, twin
+        if site.module in job.planned:  # as they hang in the model, with an nn.Identity left behind
+            dense = nn.Sequential(dense, job.activations.module_after(dense))
+            sparse = nn.Sequential(twin, nn.Identity())
+        for spec, count in job.specs.get(id(site.module), {}).items():
+            key = layer_key(twin, spec, training)
+            times = job.tuning.get(key)
             if times is None:
-                times = time_layer(site.module, sparse, spec, training, budget_s)
-                tuning.put(key, *times)
+                times = time_layer(dense, sparse, spec, training, job.budget_s)
+                job.tuning.put(key, *times)
             dense_ms += count * times[0]
             sparse_ms += count * times[1]
-            error = max(error, _difference(site.module, sparse, spec))
+            error = max(error, _difference(dense, sparse, spec, twin.weight.device))
     candidate.dense_ms, candidate.sparse_ms, candidate.error = dense_ms, sparse_ms, error
 
 
-def _difference(dense: nn.Module, sparse: nn.Module, spec: InputSpec) -> float:
-    x = spec.make(dense.weight.device)
+def _difference(dense: nn.Module, sparse: nn.Module, spec: InputSpec, device) -> float:
+    x = spec.make(device)
     with torch.inference_mode():
         gap = (dense(x).double() - sparse(x).double()).abs()
     return float(gap.max()) if gap.numel() else 0.0
 
 
-def _swap(model: nn.Module, taken: list[_Candidate]) -> nn.Module:
-    """Hang the sparse layers in; returns the model, or the layer that replaces it."""
-    result = model
-    for candidate in taken:
-        for site, sparse in zip(candidate.sites, candidate.sparse, strict=True):
-            site.put(sparse)
-            result = sparse if site.module is model else result
-    return result
-
-
-def _swap_back(model: nn.Module, taken: list[_Candidate]) -> nn.Module:
-    for candidate in taken:
-        for site in candidate.sites:
-            site.put(site.module)
-    return model
-
-
-def _confirm(model, converted, taken, inputs, report: ConversionReport, budget_s) -> nn.Module:
-    """Time the whole model both ways; back to dense if sparse lost, or does not run."""
+def _confirm(job: _Job, converted, taken, result: ConversionReport) -> nn.Module:
+    """Check and time the whole model; back to dense if sparse lost, or does not run."""
+    if job.folds.names or any(c.fused for c in taken):
+        result.fusion_error = _agreement(job, converted, taken)
     try:
-        report.model_dense_ms, report.model_sparse_ms, gain = _time_model(
-            model, converted, taken, inputs, report.mode, 4 * budget_s
+        result.model_dense_ms, result.model_sparse_ms, gain = time_model(
+            job.model, converted, taken, job.inputs, job.mode, 4 * job.budget_s, job.folds
         )
     except Exception as error:
-        _swap_back(model, taken)
         note = f"the converted model does not run, so it stays dense: {error!r}"
-        warnings.warn(f"convert_to_sparse: {note}", stacklevel=3)
-        return _revert(model, taken, report, "reverted: " + note)
-    except BaseException:  # Ctrl-C: the model goes back as it came
-        _swap_back(model, taken)
-        raise
+        warnings.warn(f"convert_to_sparse: {note}", stacklevel=4)
+        return _revert(job.model, taken, result, "reverted: " + note)
+    result.model_folded_ms = job.folds.model_ms
     if gain < 1:
-        return _revert(model, taken, report, "reverted: the whole model was not faster")
-    return _swap(model, taken)
+        than = " than dense with its normalisations folded" if job.folds.names else ""
+        return _revert(job.model, taken, result, f"reverted: the whole model was not faster{than}")
+    return swap(job.model, taken)
 
 
-def _revert(model, taken, report: ConversionReport, reason: str) -> nn.Module:
-    report.reverted = True
-    report.notes.append(reason)
+def _agreement(job: _Job, converted: nn.Module, taken) -> float | None:
+    """How far the outputs are from those of the model as it came; Misread if it is no rounding."""
+    swap_back(job.model, taken)
+    job.folds.undo()
+    want = run_once(job.model, job.inputs)
+    job.folds.apply()
+    swap(job.model, taken)
+    dtype = taken[0].sites[0].module.weight.dtype
+    try:
+        return check_agreement(want, run_once(converted, job.inputs), dtype)
+    except Exception as error:
+        raise Misread(str(error)) from error
+
+
+def _revert(model, taken, result: ConversionReport, reason: str) -> nn.Module:
+    result.reverted = True
+    result.notes.append(reason)
     for candidate in taken:
         candidate.take, candidate.reason = False, f"{candidate.reason}; {reason.split(':')[0]}"
-    return _swap_back(model, taken)
+    return swap_back(model, taken)
 
 
-def _time_model(model, converted, taken, inputs, mode, budget_s):
-    """Median milliseconds dense and sparse, and the median ratio of neighbouring samples."""
-
-    def dense():
-        return run(_swap_back(model, taken))
-
-    def sparse():
-        _swap(model, taken)
-        return run(converted)
-
-    def run(which):
-        if mode == "inference":
-            with torch.inference_mode():
-                return forward_call(which, inputs)()
-        return _training_step(which, inputs)
-
-    # In eval mode also when training is timed: a conversion must leave batch statistics and the
-    # random numbers of dropout as they were.
-    twins = [twin for candidate in taken for twin in candidate.sparse]
-    with _eval_mode(model, *twins):
-        times = interleaved([dense, sparse], budget_s=budget_s, min_rounds=7)
-    return times[0].median_ms, times[1].median_ms, speedup(*times).median
+def _describe(result: ConversionReport, job: _Job, candidates: list[Candidate]) -> None:
+    """Fill in the report."""
+    result.layers = [row for c in candidates for row in _rows(c)]
+    taken = [c for c in candidates if c.take]
+    if taken:
+        result.folded = job.folds.names
+        result.fused = [slot.name for c in taken for slot, _ in c.fused]
+        if job.folds.reason:
+            result.notes.append(job.folds.reason)
 
 
-def _training_step(model: nn.Module, inputs) -> None:
-    """Forward and backward through the sum of all floating outputs."""
-    from torch.utils._pytree import tree_leaves
-
-    with torch.enable_grad():
-        leaves = tree_leaves(forward_call(model, inputs)())
-        total = sum(t.float().sum() for t in leaves if isinstance(t, Tensor) and t.requires_grad)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        torch.autograd.grad(total, parameters, allow_unused=True)
-
-
-def _rows(candidate: _Candidate) -> list[LayerReport]:
+def _rows(candidate: Candidate) -> list[LayerReport]:
     row = LayerReport(
         name="", kind="", shape=(), pattern=candidate.pattern, sparsity=candidate.sparsity,
         format="csr" if candidate.take else "dense", dense_ms=candidate.dense_ms,
         sparse_ms=candidate.sparse_ms, max_error=candidate.error, reason=candidate.reason,
     )  # fmt: skip
-    return [
+    rows = [
         replace(row, name=s.name, kind=s.kind, shape=tuple(getattr(s.module.weight, "shape", ())))
         for s in candidate.sites
     ]
+    if not candidate.take:
+        return rows
+    pairs = zip(rows, candidate.sparse, strict=True)
+    return [replace(row, activation=twin.activation) for row, twin in pairs]

@@ -6,14 +6,23 @@ from collections import Counter
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from .measure.structure import check_inputs, forward_call
+from .chain import Slot, is_hooked, shallow_copy, slots, trace
+from .measure.structure import check_inputs
 
+# Convolution or linear layer -> the normalisation that fits, and dimensions of its input. nn.Linear
+# takes more dimensions than two; BatchNorm1d would then normalise another one than the last.
+FITTING = {
+    nn.Linear: (nn.BatchNorm1d, 2),
+    nn.Conv1d: (nn.BatchNorm1d, 3),
+    nn.Conv2d: (nn.BatchNorm2d, 4),
+    nn.Conv3d: (nn.BatchNorm3d, 5),
+}
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class FoldedNorm(nn.Identity):
+    """Stands where a batch normalisation was that the layer before it computes now."""
 
 
 def fold_batchnorm(model: nn.Module, example_inputs) -> list[str]:
@@ -21,107 +30,110 @@ def fold_batchnorm(model: nn.Module, example_inputs) -> list[str]:
 
     Between layers whose weights are sparse, reading and writing activations is a large part of what
     is left; a folded normalisation costs nothing. Exact up to rounding, in eval mode: w' = w g /
-    sqrt(var + eps), b' = (b - mean) g / sqrt(var + eps) + beta (Ioffe & Szegedy 2015, algorithm 2).
-    Zeros stay zeros. Call it before `convert_to_sparse`; when you compare, on the dense model too.
+    sqrt(var + eps), b' = (b - mean) g / sqrt(var + eps) + beta (Ioffe & Szegedy 2015, algorithm 2),
+    computed in float64. Zeros stay zeros. `convert_to_sparse` does this by itself; call it on the
+    dense model when you compare, or when the folded dense model is what you want.
 
     A pair is folded only where, in a run of `example_inputs`, nothing else read the output of the
-    layer. A model that takes another path for other inputs must not be folded.
+    layer or kept it, each was called once, neither has hooks, and the weight is a plain parameter
+    of this layer alone. A model that takes another path for other inputs must not be folded.
 
     Args:
-        model: In eval mode; changed in place. Folded normalisations become nn.Identity.
-        example_inputs: A tensor, a tuple of positional or a dict of keyword arguments.
+        model: In eval mode; changed in place. Folded normalisations become an nn.Identity.
+        example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments.
 
     Returns:
         Names of the folded normalisations.
 
     Raises:
-        ValueError: the model is in training mode, where normalisation depends on the batch.
+        ValueError: the model or a part of it is in training mode, where normalisation depends on
+            the batch.
     """
-    if model.training:
-        raise ValueError("fold_batchnorm: expected a model in eval mode, got one in training mode")
+    training = training_part(model)
+    if training is not None:
+        what = f"{training!r} in training mode" if training else "one in training mode"
+        raise ValueError(f"fold_batchnorm: expected a model in eval mode, got {what}")
     check_inputs(example_inputs, "fold_batchnorm")
-    pairs = _find_pairs(model, example_inputs)
-    places = _places(model)
     folded = []
-    for layer, norm in pairs:
-        fuse = fuse_linear_bn_eval if isinstance(layer, nn.Linear) else fuse_conv_bn_eval
-        fused = fuse(layer, norm)
-        layer.weight, layer.bias = fused.weight, fused.bias
-        for parent, attribute, name in places[norm]:
-            setattr(parent, attribute, nn.Identity())
-            folded.append(name)
+    for layer, norm, weight, bias in find_folds(model, example_inputs):
+        layer.weight, layer.bias = weight, bias
+        for slot in slots(model, lambda m, norm=norm: m is norm):
+            slot.put(FoldedNorm().eval())
+            folded.append(slot.name)
     return folded
 
 
-class _Readers(TorchFunctionMode):
-    """Counts how often each tensor is an argument of a torch function."""
-
-    def __init__(self):
-        super().__init__()
-        self.count: Counter[int] = Counter()
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        # Asking for a shape or dtype reads no element.
-        if getattr(function, "__name__", "") not in ("__get__", "size", "dim", "shape"):
-            for leaf in tree_leaves((args, kwargs)):
-                if isinstance(leaf, Tensor):
-                    self.count[id(leaf)] += 1
-        return function(*args, **kwargs)
+def training_part(model: nn.Module) -> str | None:
+    """Name of the first module in training mode, None when all are in eval mode."""
+    return next((name for name, module in model.named_modules() if module.training), None)
 
 
-def _find_pairs(model: nn.Module, inputs) -> list[tuple[nn.Module, nn.Module]]:
-    made: dict[int, nn.Module] = {}  # id of an output -> the layer
-    followed: dict[nn.Module, list] = {}  # normalisation -> (layer or None, id of its input)
-    alive: list[Tensor] = []  # ids must not be used twice
-    calls: Counter[nn.Module] = Counter()
-    readers = _Readers()
-
-    def after_layer(module, args, output):
-        calls[module] += 1
-        made[id(output)] = module
-        readers.count[id(output)] = 0  # an earlier tensor may have had this id
-        alive.append(output)
-
-    def before_norm(module, args):
-        calls[module] += 1
-        alive.append(args[0])
-        followed.setdefault(module, []).append((made.get(id(args[0])), id(args[0])))
-
-    hooks = []
-    for module in model.modules():
-        if type(module) in (*CONVS, nn.Linear):
-            hooks.append(module.register_forward_hook(after_layer))
-        elif type(module) in NORMS and module.track_running_stats and module.affine:
-            hooks.append(module.register_forward_pre_hook(before_norm))
-    try:
-        with torch.no_grad(), readers:
-            output = forward_call(model, inputs)()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    returned = {id(leaf) for leaf in tree_leaves(output)}
-    pairs = []
-    for norm, seen in followed.items():
-        layer, tensor = seen[0]
-        alone = readers.count[tensor] == 1 and tensor not in returned
-        # A layer or normalisation that is called twice serves two places with one set of weights.
-        if layer is not None and alone and calls[layer] == calls[norm] == 1 and _fits(layer, norm):
-            pairs.append((layer, norm))
-    return pairs
+def find_folds(model: nn.Module, inputs) -> list[tuple[nn.Module, nn.Module, Tensor, Tensor]]:
+    """Every (layer, normalisation, folded weight, folded bias); the model is not changed."""
+    owners = Counter(
+        id(p) for module in model.modules() for p in module._parameters.values() if p is not None
+    )
+    layers = slots(model, lambda m: _is_plain_layer(m, owners))
+    norms = slots(model, _is_plain_norm)
+    if not layers or not norms:
+        return []
+    links = trace(model, inputs, layers, norms)
+    calls = links.calls()
+    folds = []
+    for slot, read_by in links.outputs.items():
+        norm_slot = read_by[0]
+        if norm_slot is None or not _fits(slot, norm_slot, links.dims[slot]):
+            continue
+        layer, norm = slot.module, norm_slot.module
+        # What is called twice serves two places with one set of weights.
+        once = calls[id(layer)] == calls[id(norm)] == 1
+        if once and not {id(layer), id(norm)} & links.unsafe:
+            weight, bias = _folded(layer, norm)
+            if bool(weight.isfinite().all()) and bool(bias.isfinite().all()):
+                folds.append((layer, norm, weight, bias))
+    return folds
 
 
-def _fits(layer: nn.Module, norm: nn.Module) -> bool:
-    features = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    kind = {nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}.get(type(layer), nn.BatchNorm1d)
-    return features == norm.num_features and type(norm) is kind
+def with_parameters(layer: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+    """A copy of a layer with other parameters; the layer itself stays as it is."""
+    twin = shallow_copy(layer)
+    twin._parameters.update(weight=weight, bias=bias)
+    return twin
 
 
-def _places(model: nn.Module) -> dict[nn.Module, list]:
-    places: dict[nn.Module, list] = {}
-    for parent_name, parent in model.named_modules():
-        for attribute, child in parent._modules.items():
-            if isinstance(child, NORMS):
-                name = f"{parent_name}.{attribute}" if parent_name else attribute
-                places.setdefault(child, []).append((parent, attribute, name))
-    return places
+def _is_plain_layer(module: nn.Module, owners: Counter[int]) -> bool:
+    if type(module) not in FITTING or is_hooked(module):
+        return False
+    weight = module._parameters.get("weight")  # absent when it is computed (prune, weight_norm)
+    return weight is not None and owners[id(weight)] == 1 and weight.is_floating_point()
+
+
+def _is_plain_norm(module: nn.Module) -> bool:
+    return type(module) in NORMS and module.running_mean is not None and not is_hooked(module)
+
+
+def _fits(slot: Slot, norm_slot: Slot, dims: int) -> bool:
+    kind, wanted = FITTING[type(slot.module)]
+    return (
+        type(norm_slot.module) is kind
+        and dims == wanted
+        and slot.module.weight.shape[0] == norm_slot.module.num_features
+    )
+
+
+@torch.no_grad()
+def _folded(layer: nn.Module, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
+    weight, bias = layer.weight, layer.bias
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    if bias is not None:
+        shift = shift + bias.double() * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    scaled = weight.double() * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    return (
+        nn.Parameter(scaled.to(weight.dtype), weight.requires_grad),
+        nn.Parameter(shift.to(weight.dtype), weight.requires_grad),
+    )

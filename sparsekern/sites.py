@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._load import _C
+from .chain import is_hooked
 from .nn import SparseConv2d, SparseLinear
 from .prune.targets import is_conv1d_of_transformers
 
@@ -43,7 +44,7 @@ class Site:
     def put(self, module: nn.Module) -> None:
         """Hang `module` where the layer was."""
         for parent, attribute in self.places:
-            setattr(parent, attribute, module)
+            parent._modules[attribute] = module
 
 
 def kind_of(module: nn.Module) -> str | None:
@@ -97,8 +98,8 @@ def _obstacle(site: Site, owners) -> str:
         )
     if base and type(module).forward is not base.forward:
         return f"its class {type(module).__name__} has a forward of its own"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-        return "it has hooks, which a new layer would lose"
+    if is_hooked(module):
+        return "it has hooks or a patched forward, which a new layer would lose"
     for parent, _ in site.places:
         if isinstance(parent, READS_WEIGHT):
             return f"its parent {type(parent).__name__} reads the weight directly"

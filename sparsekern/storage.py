@@ -3,7 +3,8 @@
 A file is a plain safetensors file. Each sparse weight `<name>` is stored as `<name>.values` and its
 positions (see `storage_codec`); everything else is stored under its state_dict key. The header key
 `sparsekern` holds JSON: `{"version": 1, "layers": {name: {shape, pattern, encoding}}, "aliases":
-{name: stored name}}`. Kernel schedules are not stored, so a file serves every device and ISA.
+{name: stored name}, "folded": [names of folded normalisations]}`. Kernel schedules are not stored,
+so a file serves every device and ISA.
 """
 
 import json
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from .prune.targets import is_conv1d_of_transformers
 from .storage_codec import PARTS, check_header, decode, encode
+from .storage_folded import check_folded, folded_like, folded_names
 from .weights import CSRWeight
 
 HEADER_KEY = "sparsekern"
@@ -53,10 +55,11 @@ class _Sparse:
 
 @dataclass
 class _File:
-    """Stored tensors and sparse weights by name, and the further names of tied ones."""
+    """Stored tensors and sparse weights by name, further names of tied ones, folded names."""
 
     entries: dict[str, "Tensor | _Sparse"] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    folded: list[str] = field(default_factory=list)
 
 
 def save(model: nn.Module, path: str | os.PathLike) -> Path:
@@ -84,6 +87,7 @@ def save(model: nn.Module, path: str | os.PathLike) -> Path:
     _check_module("save", model)
     tensors, layers, aliases = _collect(model)
     header = {"version": VERSION, "layers": layers, "aliases": aliases}
+    header["folded"] = folded_names(model)
     path = Path(path)
     try:
         with _replacing(path) as temporary:
@@ -103,7 +107,8 @@ def load(model: nn.Module, path: str | os.PathLike, strict: bool = True) -> Load
     weight in the file (with another number of nonzeros its `values` become a new parameter: make
     optimizers afterwards), and from a dense weight the values at its own positions. A dense layer
     gets a sparse weight with its zeros filled in. Tensors tied in the file are tied in the model.
-    Values are converted to the dtype and device of the model.
+    Values are converted to the dtype and device of the model. Batch normalisations that are folded
+    in the file are folded in the model; which layers compute an activation is up to the model.
 
     Args:
         model: A module with the layers of the saved one; changed in place.
@@ -120,7 +125,13 @@ def load(model: nn.Module, path: str | os.PathLike, strict: bool = True) -> Load
         RuntimeError: Names or shapes do not match, as from `nn.Module.load_state_dict`.
     """
     _check_module("load", model)
-    stored, targets = _read(Path(path)), _targets(model)
+    stored = _read(Path(path))
+    with folded_like(model, stored.folded, stored.entries):
+        return _fill(model, path, stored, strict)
+
+
+def _fill(model: nn.Module, path, stored: _File, strict: bool) -> LoadedKeys:
+    targets = _targets(model)
     _refuse_meta(targets)
     entries = {**stored.entries, **{a: stored.entries[n] for a, n in stored.aliases.items()}}
     keys = LoadedKeys(
@@ -224,13 +235,13 @@ def _read(path: Path) -> _File:
     if HEADER_KEY not in metadata:
         return _File(tensors)
     try:
-        layers, aliases = _parse_header(metadata[HEADER_KEY])
-        return _File(_assemble(tensors, layers, aliases), aliases)
+        layers, aliases, folded = _parse_header(metadata[HEADER_KEY])
+        return _File(_assemble(tensors, layers, aliases), aliases, folded)
     except ValueError as error:
         raise ValueError(f"load: {path} is damaged: {error}") from error
 
 
-def _parse_header(text: str) -> tuple[dict, dict[str, str]]:
+def _parse_header(text: str) -> tuple[dict, dict[str, str], list[str]]:
     try:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -245,7 +256,7 @@ def _parse_header(text: str) -> tuple[dict, dict[str, str]]:
     layers, aliases = header.get("layers"), header.get("aliases")
     if not isinstance(layers, dict) or not isinstance(aliases, dict):
         raise ValueError(f"its {HEADER_KEY} header has no layers or aliases")
-    return layers, aliases
+    return layers, aliases, check_folded(header.get("folded", []))
 
 
 def _assemble(tensors: dict[str, Tensor], layers: dict, aliases: dict) -> dict:

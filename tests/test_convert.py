@@ -30,7 +30,7 @@ def wide(sparsity=0.95):
 def forced(monkeypatch, dense_ms=2.0, sparse_ms=1.0, model=None):
     """Decide by given times instead of the clock, so that the rest can be tested exactly."""
     monkeypatch.setattr(convert, "time_layer", lambda *a: (dense_ms, sparse_ms))
-    monkeypatch.setattr(convert, "_time_model", model or (lambda *a: (2.0, 1.0, 2.0)))
+    monkeypatch.setattr(convert, "time_model", model or (lambda *a: (2.0, 1.0, 2.0)))
 
 
 def kinds(model):
@@ -89,7 +89,7 @@ def test_reverts_when_the_whole_model_lost(monkeypatch):
 
 
 def test_goes_back_when_the_converted_model_does_not_run(monkeypatch):
-    forced(monkeypatch, model=convert._time_model)
+    forced(monkeypatch, model=convert.time_model)
 
     class ReadsWeight(nn.Module):
         def __init__(self):
@@ -113,7 +113,7 @@ def test_training_mode(monkeypatch):
         times.append(convert_time_model(*arguments))
         return 2.0, 1.0, 2.0
 
-    convert_time_model = convert._time_model
+    convert_time_model = convert.time_model
     forced(monkeypatch, model=timed)
     model, x = wide().train(), torch.randn(64, 512)
     sk.convert_to_sparse(model, x, mode="training")
@@ -137,7 +137,7 @@ def test_statistics_and_random_numbers_stay_as_they_were(mode):
 
 def test_an_interrupt_leaves_the_model_as_it_was(monkeypatch):
     def interrupted(model, converted, taken, *rest):
-        convert._swap(model, taken)
+        convert.swap(model, taken)
         raise KeyboardInterrupt
 
     forced(monkeypatch, model=interrupted)
@@ -377,7 +377,7 @@ def test_a_failing_run_leaves_the_model_alone():
 def test_cache_is_used_and_merged(monkeypatch):
     calls = []
     monkeypatch.setattr(convert, "time_layer", lambda *a: calls.append(1) or (2.0, 1.0))
-    monkeypatch.setattr(convert, "_time_model", lambda *a: (2.0, 1.0, 2.0))
+    monkeypatch.setattr(convert, "time_model", lambda *a: (2.0, 1.0, 2.0))
     x = torch.randn(4, 512)
     sk.convert_to_sparse(wide(), x)
     assert len(calls) == 2

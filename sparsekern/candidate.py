@@ -1,0 +1,118 @@
+"""Layers that may become sparse: their twins hung in and out, the whole model timed both ways."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .chain import Slot
+from .fuse import FusedActivation
+from .measure.structure import forward_call
+from .measure.timer import interleaved, speedup
+from .sites import Site
+
+
+@dataclass
+class Candidate:
+    """A group of layers with one weight, its sparse twins and what was measured."""
+
+    sites: list[Site]
+    sparsity: float = 0.0
+    pattern: str = "unstructured"
+    sparse: list[nn.Module] = field(default_factory=list)
+    fused: list[tuple[Slot, FusedActivation]] = field(default_factory=list)
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
+    error: float | None = None
+    take: bool = False
+    reason: str = ""
+
+
+def swap(model: nn.Module, taken: list[Candidate]) -> nn.Module:
+    """Hang the sparse layers in; returns the model, or the layer that replaces it."""
+    result = model
+    for candidate in taken:
+        for site, sparse in zip(candidate.sites, candidate.sparse, strict=True):
+            site.put(sparse)
+            result = sparse if site.module is model else result
+        for slot, stand_in in candidate.fused:
+            slot.put(stand_in)
+    return result
+
+
+def swap_back(model: nn.Module, taken: list[Candidate]) -> nn.Module:
+    """Hang the dense layers and their activations back; returns the model."""
+    for candidate in taken:
+        for site in candidate.sites:
+            site.put(site.module)
+        for slot, _ in candidate.fused:
+            slot.put(slot.module)
+    return model
+
+
+@contextmanager
+def eval_mode(*modules: nn.Module):
+    """Dropout and batch statistics off; training flags are restored."""
+    flags = [(m, m.training) for module in modules for m in module.modules()]
+    for module, _ in flags:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def time_model(model, converted, taken, inputs, mode, budget_s, folds):
+    """Median milliseconds dense and sparse, and the median ratio of neighbouring samples.
+
+    The ratio is that to the faster dense model where normalisations were folded; how long that one
+    takes is left in `folds.model_ms`.
+    """
+
+    def dense():
+        swap_back(model, taken)
+        folds.undo()
+        return run(model)
+
+    def folded():
+        folds.apply()
+        return run(swap_back(model, taken))
+
+    def sparse():
+        folds.apply()
+        swap(model, taken)
+        return run(converted)
+
+    def run(which):
+        if mode == "inference":
+            with torch.inference_mode():
+                return forward_call(which, inputs)()
+        return _training_step(which, inputs)
+
+    # In eval mode also when training is timed: a conversion must leave batch statistics and the
+    # random numbers of dropout as they were.
+    twins = [twin for candidate in taken for twin in candidate.sparse]
+    with eval_mode(model, *twins):
+        sides = [dense, sparse, folded] if folds.names else [dense, sparse]
+        try:
+            times = interleaved(sides, budget_s=budget_s, min_rounds=7)
+        finally:
+            folds.apply()
+    if folds.names:
+        folds.model_ms = times[2].median_ms
+    gain = min(speedup(side, times[1]).median for side in (times[0], *times[2:]))
+    return times[0].median_ms, times[1].median_ms, gain
+
+
+def _training_step(model: nn.Module, inputs) -> None:
+    """Forward and backward through the sum of all floating outputs."""
+    with torch.enable_grad():
+        leaves = tree_leaves(forward_call(model, inputs)())
+        total = sum(t.float().sum() for t in leaves if isinstance(t, Tensor) and t.requires_grad)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        torch.autograd.grad(total, parameters, allow_unused=True)
