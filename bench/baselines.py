@@ -10,11 +10,14 @@ their reason, and our own stops the run.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
+import rounds
 import torch
 from cases import Problem
+from peers.client import ENGINES, Peer
 from torch import Tensor
 
 from sparsekern import SparseConv2d, SparseLinear
@@ -33,15 +36,17 @@ class Side:
 
     Attributes:
         name: What runs.
-        role: `dense`, `peer` (sparse, not ours) or `ours`.
-        call: The timed call; returns y, or (dX, dW, db) when training.
+        role: `dense`, `peer` (not torch's dense, not ours) or `ours`.
+        sample: Makes calls, each of y, or of (dX, dW, db) when training, and tells their seconds.
         error: Largest error of its result over the largest exact value.
+        version: Of an engine in an environment of its own.
     """
 
     name: str
     role: str
-    call: Call
+    sample: rounds.Sampler
     error: float
+    version: str | None = None
 
 
 def f_linear(p: Problem) -> Call:
@@ -196,15 +201,55 @@ def sides(p: Problem, peers: bool) -> tuple[list[Side], dict[str, str]]:
     for name, role, make in candidates:
         try:
             call = make(p)
-            found.append(Side(name, role, call, checked(call, name, p, reference)))
+            error = checked(call, name, p, reference)
+            found.append(Side(name, role, rounds.local(call), error))
         # Whatever a foreign kernel does on a machine it was not made for, the others go on.
         except Exception as error:
-            left_out[name] = (str(error).strip() or repr(error)).splitlines()[0]
+            left_out[name] = first_line(error)
     if not any(side.role == "dense" for side in found):
         raise RuntimeError(f"bench: expected a dense side for {p.case.name}, got {left_out}")
     call = sparse_call(p)
-    found.append(Side(OURS, "ours", call, checked(call, OURS, p, reference)))
+    found.append(Side(OURS, "ours", rounds.local(call), checked(call, OURS, p, reference)))
     return found, left_out
+
+
+def engine_sides(
+    p: Problem, names: Iterable[str], stack: ExitStack
+) -> tuple[list[Side], dict[str, str]]:
+    """The engines that have an environment of their own and get the problem right.
+
+    Args:
+        p: The problem.
+        names: Of `peers.client.ENGINES`.
+        stack: Ends their processes.
+
+    Returns:
+        The sides, and for each engine left out the reason.
+    """
+    job = {"kind": p.case.kind, "threads": torch.get_num_threads(), "training": p.case.training}
+    if p.case.kind == "conv":
+        job.update(stride=p.case.stride, padding=p.case.kernel // 2)
+    arrays = {"x": p.x, "weight": p.weight, "bias": p.bias}
+    if p.case.training:
+        arrays["grad"] = p.grad
+    reference = p.reference()
+    found, left_out = [], {}
+    for engine in names:
+        name = ENGINES[engine]
+        try:
+            if p.x.dtype != torch.float32:
+                raise TypeError("float32 only")
+            peer = stack.enter_context(Peer(engine, job, arrays))
+            error = checked(peer.result, name, p, reference)
+            found.append(Side(name, "peer", peer.sample, error, peer.version))
+        except Exception as error:
+            left_out[name] = first_line(error)
+    return found, left_out
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, short enough for a table."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def checked(call: Call, name: str, p: Problem, reference: tuple[Tensor, ...]) -> float:
