@@ -17,10 +17,11 @@ from dataclasses import dataclass
 import rounds
 import torch
 from cases import Problem
-from peers.client import ENGINES, Peer
+from peers.client import ENGINES, Peer, PeerError
 from torch import Tensor
 
 from sparsekern import SparseConv2d, SparseLinear
+from sparsekern.measure import Timing
 
 # Largest accepted error, relative to the largest exact output. Dense and sparse sums differ in
 # order only; bfloat16 rounds inputs of the last product and the result to 8 bits.
@@ -247,6 +248,21 @@ def engine_sides(
     return found, left_out
 
 
+def time_all(sides: list[Side], left_out: dict[str, str], budget_s: float) -> list[Timing]:
+    """Time sides in the same rounds.
+
+    A peer that fails meanwhile moves from `sides` to `left_out`, and the others start again.
+    """
+    while True:
+        try:
+            return rounds.interleaved([side.sample for side in sides], budget_s)
+        except PeerError as error:
+            lost = next(side for side in sides if side.sample == error.peer.sample)
+            error.peer.close()
+            sides.remove(lost)
+            left_out[lost.name] = first_line(error)
+
+
 def first_line(error: Exception) -> str:
     """What an error says, short enough for a table."""
     return (str(error).strip() or repr(error)).splitlines()[0]
@@ -265,8 +281,7 @@ def checked(call: Call, name: str, p: Problem, reference: tuple[Tensor, ...]) ->
     for got, exact in zip(result if isinstance(result, tuple) else (result,), reference):
         if got.dim() == 1 and exact.shape == p.mask.shape:
             exact = exact[p.mask]
-        gap = (got.detach().double() - exact).abs().max() / exact.abs().max()
-        worst = max(worst, float(gap.nan_to_num(nan=float("inf"))))
+        worst = max(worst, relative_error(got, exact))
     limit = TOLERANCE[p.x.dtype]
     if not worst <= limit:
         raise RuntimeError(
@@ -274,3 +289,11 @@ def checked(call: Call, name: str, p: Problem, reference: tuple[Tensor, ...]) ->
             f"got a relative error of {worst:.1e}"
         )
     return worst
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """Largest difference over the largest exact value; infinite where one is not a number."""
+    if got.shape != exact.shape:
+        return float("inf")
+    gap = (got.detach().double() - exact).abs().max() / exact.abs().max()
+    return float(gap.nan_to_num(nan=float("inf")))

@@ -21,7 +21,6 @@ from pathlib import Path
 import baselines
 import cases
 import peaks
-import rounds
 import torch
 from peers.client import ENGINES
 
@@ -75,18 +74,28 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
                         help=f"one or more of {', '.join(names)} (default summary)")  # fmt: skip
     parser.add_argument("--case", help="only cases whose name contains this text")
     parser.add_argument("--pattern", nargs="+", type=_pattern, help="only these patterns")
-    parser.add_argument("--sparsity", nargs="+", type=_sparsity,
+    parser.add_argument("--sparsity", nargs="+", type=share_of_zeros,
                         help="these shares of zeros instead of the suite's own")  # fmt: skip
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
-    parser.add_argument("--threads", nargs="+", type=_threads, default=[1])
-    parser.add_argument("--budget", type=_seconds, default=0.5,
+    parser.add_argument("--threads", nargs="+", type=count, default=[1])
+    parser.add_argument("--budget", type=duration, default=0.5,
                         help="seconds of timing per point, all sides together")  # fmt: skip
-    parser.add_argument("--peers", nargs="*", choices=ENGINES, metavar="ENGINE",
-                        help="time torch.sparse, scipy and these engines as well (default all of "
-                        f"{', '.join(ENGINES)}; bench/peers/install.py installs them)")  # fmt: skip
+    add_peers(parser)
     parser.add_argument("--out", type=Path, help="JSONL file to append to "
                         "(default bench/results/SUITE-TIME.jsonl)")  # fmt: skip
-    options = parser.parse_args(arguments)
+    return with_all_peers(parser.parse_args(arguments))
+
+
+def add_peers(parser: argparse.ArgumentParser) -> None:
+    """The option `--peers`."""
+    parser.add_argument("--peers", nargs="*", choices=ENGINES, metavar="ENGINE",
+                        help="time peers as well: of single layers torch.sparse and scipy, and the "
+                        f"engines named (without names all of {', '.join(ENGINES)}); "
+                        "bench/peers/install.py installs them")  # fmt: skip
+
+
+def with_all_peers(options: argparse.Namespace) -> argparse.Namespace:
+    """`--peers` without names means all of them."""
     options.peers = list(ENGINES) if options.peers == [] else options.peers
     return options
 
@@ -108,16 +117,19 @@ def _number(text: str, kind: type, wanted: str, fits) -> float:
     return value
 
 
-def _sparsity(text: str) -> float:
+def share_of_zeros(text: str) -> float:
+    """Of the command line, in [0, 1)."""
     return _number(text, float, "a share of zeros in [0, 1)", lambda v: 0 <= v < 1)
 
 
-def _threads(text: str) -> int:
-    return _number(text, int, "a whole number of threads of at least 1", lambda v: v >= 1)
+def count(text: str) -> int:
+    """Of the command line, at least 1."""
+    return _number(text, int, "a whole number of at least 1", lambda v: v >= 1)
 
 
-def _seconds(text: str) -> float:
-    return _number(text, float, "seconds above 0", lambda v: 0 < v < float("inf"))
+def duration(text: str) -> float:
+    """Of the command line, above 0."""
+    return _number(text, float, "a time above 0", lambda v: 0 < v < float("inf"))
 
 
 def grid(options: argparse.Namespace) -> Iterator[tuple]:
@@ -179,7 +191,7 @@ def measure(problem: cases.Problem, budget_s: float, peers: list[str] | None, li
         sides, left_out = baselines.sides(problem, peers is not None)
         engines, missing = baselines.engine_sides(problem, peers or (), stack)
         sides, left_out = [*sides[:-1], *engines, sides[-1]], {**left_out, **missing}
-        timings = rounds.interleaved([side.sample for side in sides], budget_s)
+        timings = baselines.time_all(sides, left_out, budget_s)
     rows = list(zip(sides, timings))
     ours = timings[-1]
     best, best_timing = min((r for r in rows if r[0].role == "dense"), key=lambda r: r[1].median_ms)

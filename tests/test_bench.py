@@ -167,8 +167,8 @@ def test_a_wrong_or_broken_dense_side_is_left_out_with_its_reason(monkeypatch):
     "arguments, message",
     [
         (["--sparsity", "1.2"], "expected a share of zeros in [0, 1), got 1.2"),
-        (["--threads", "0"], "expected a whole number of threads of at least 1, got 0"),
-        (["--budget", "many"], "expected seconds above 0, got many"),
+        (["--threads", "0"], "expected a whole number of at least 1, got 0"),
+        (["--budget", "many"], "expected a time above 0, got many"),
         (["--pattern", "3x3"], "parse: expected a pattern"),
         (["--suite", "gpu"], "invalid choice: 'gpu'"),
     ],

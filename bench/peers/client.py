@@ -6,6 +6,7 @@ import json
 import select
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,13 @@ TIMEOUT_S = 300.0  # per answer; compiling a whole model takes some of them a mi
 
 
 class PeerError(RuntimeError):
-    """A peer that is not installed, cannot do the job, or died."""
+    """A peer that is not installed, cannot do the job, or died.
+
+    Attributes:
+        peer: The one that failed, if it had started.
+    """
+
+    peer: Peer | None = None
 
 
 class Peer:
@@ -73,7 +80,11 @@ class Peer:
 
     def sample(self, calls: int) -> float:
         """Seconds that `calls` calls in a row took, by the worker's own clock."""
-        return self._ask({"do": "time", "calls": calls})["seconds"]
+        try:
+            return self._ask({"do": "time", "calls": calls})["seconds"]
+        except PeerError as error:
+            error.peer = self
+            raise
 
     def result(self) -> tuple[Tensor, ...]:
         """What one call returns."""
@@ -85,10 +96,12 @@ class Peer:
         return tuple(torch.from_numpy(array) for array in arrays)
 
     def close(self) -> None:
-        """End the process."""
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.communicate()
+        """End the process; a second time does nothing."""
+        self._process.kill()
+        self._process.wait()
+        with suppress(BrokenPipeError):  # a request that was not read
+            self._process.stdin.close()
+        self._process.stdout.close()
         self._log.close()
         self._folder.cleanup()
 

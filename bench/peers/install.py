@@ -62,7 +62,7 @@ def folder(name: str) -> Path:
 
 def python(name: str) -> Path:
     """The interpreter of a peer."""
-    return folder(name) / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    return folder(name) / "bin" / "python"
 
 
 def installed(name: str) -> bool:
