@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import rounds
@@ -26,6 +26,7 @@ import sparsekern as sk
 # Largest accepted error, relative to the largest exact output: tens of layers in float32, some by
 # Winograd's transform, each of which may lose a digit against float64.
 TOLERANCE = 1e-3
+FOLDED = "eager folded channels_last"
 COMPILED = f"{OURS} + torch.compile"
 GRAPH_ENGINES = ("onnxruntime", "openvino", "deepsparse")
 DENSE_WEIGHTS = ", dense weights"
@@ -118,14 +119,14 @@ def converted(c: Contest) -> nn.Module:
 
 DENSE = {
     "eager": eager,
-    "eager folded channels_last": folded,
+    FOLDED: folded,
     "torch.compile": compiled,
     "torch.compile freezing": frozen,
 }
 
 
 def sides(
-    c: Contest, engines: list[str], stack: ExitStack, say: Callable[[str], None] = lambda name: None
+    c: Contest, engines: list[str], stack: ExitStack, say: Callable[[str], None]
 ) -> tuple[list[Side], dict[str, str]]:
     """Everything that runs the model and gets it right, ours last.
 
@@ -141,8 +142,7 @@ def sides(
     Raises:
         RuntimeError: our own result is wrong, or no dense side runs.
     """
-    exact = c.exact(c.pruned)
-    found, left_out = [], {}
+    exact, found, left_out = c.exact(c.pruned), [], {}
 
     def attempt(name: str, role: str, make: Callable[[], Callable[[], Tensor]]) -> None:
         say(name)
@@ -153,21 +153,17 @@ def sides(
             left_out[name] = first_line(error)
 
     for name, make in DENSE.items():
-        if name != "eager folded channels_last" or c.x.dim() == 4:
+        if name != FOLDED or c.x.dim() == 4:  # text models have nothing to fold
             attempt(name, "dense", lambda make=make: make(c))
     if not found:
         raise RuntimeError(f"bench: expected a dense side, got {left_out}")
     add_engines(c, engines, exact, stack, say, found, left_out)
     say(OURS)
     ours = converted(c)
-    attempt(COMPILED, "ours", lambda: _bound(torch.compile(ours, dynamic=False), c.x))
+    attempt(COMPILED, "ours", lambda: partial(torch.compile(ours, dynamic=False), c.x))
     error = checked(OURS, ours(c.x), exact)
-    found.append(Side(OURS, "ours", rounds.local(_bound(ours, c.x)), error))
+    found.append(Side(OURS, "ours", rounds.local(partial(ours, c.x)), error))
     return found, left_out
-
-
-def _bound(model: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], Tensor]:
-    return lambda: model(x)
 
 
 def add_engines(c, engines, exact, stack, say, found, left_out) -> None:

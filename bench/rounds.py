@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from sparsekern.measure import Timing
+from sparsekern.measure.timer import MIN_SAMPLE_S
 
 # Takes the number of calls to make in a row; returns the seconds they took together.
 Sampler = Callable[[int], float]
 
-MIN_SAMPLE_S = 1e-3  # as in sparsekern.measure.timer
 # Threads of the side before may still spin when a sample starts (milliseconds, in OpenMP and in the
 # pools of the peers), and caches hold its data. Samples up to this length follow an untimed one.
 LEAD_IN_BELOW_S = 50e-3
@@ -51,11 +51,7 @@ def interleaved(
     Raises:
         ValueError: no samplers, a budget that is not positive, or impossible rounds.
     """
-    if not samplers or not budget_s > 0 or not 1 <= min_rounds <= max_rounds:
-        raise ValueError(
-            "interleaved: expected samplers, budget_s > 0 and 1 <= min_rounds <= max_rounds, got "
-            f"{len(samplers)} samplers, budget_s={budget_s}, rounds {min_rounds} to {max_rounds}"
-        )
+    _check(len(samplers), budget_s, min_rounds, max_rounds)
     plans = [_warm_up(sample, budget_s / len(samplers)) for sample in samplers]
     samples: list[list[float]] = [[] for _ in samplers]
     was_on = gc.isenabled()
@@ -76,6 +72,14 @@ def interleaved(
         if was_on:
             gc.enable()
     return [Timing.from_samples(s, calls) for s, (calls, _) in zip(samples, plans, strict=True)]
+
+
+def _check(sides: int, budget_s: float, min_rounds: int, max_rounds: int) -> None:
+    if not sides or not budget_s > 0 or not 1 <= min_rounds <= max_rounds:
+        raise ValueError(
+            "interleaved: expected samplers, budget_s > 0 and 1 <= min_rounds <= max_rounds, got "
+            f"{sides} samplers, budget_s={budget_s}, rounds {min_rounds} to {max_rounds}"
+        )
 
 
 def _warm_up(sample: Sampler, budget_s: float) -> tuple[int, int]:

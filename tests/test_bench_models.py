@@ -137,21 +137,25 @@ def test_a_side_that_fails_or_is_wrong_is_left_out_but_ours_stops_the_run(tiny, 
 
     makers = {"eager": contestants.eager, "broken": broken, "wrong": lambda c: lambda: c.x + 1}
     monkeypatch.setattr(contestants, "DENSE", makers)
-    contest = contestants.Contest(TINY["text"], 0.9, 1)
+    contest, said = contestants.Contest(TINY["text"], 0.9, 1), []
     with ExitStack() as stack, torch.no_grad():
-        found, left_out = contestants.sides(contest, [], stack)
+        found, left_out = contestants.sides(contest, [], stack, said.append)
     assert [side.name for side in found] == ["eager", contestants.COMPILED, "sparsekern"]
-    assert left_out["broken"] == "no compiler"
+    assert left_out["broken"] == "no compiler" and said == [
+        *makers,
+        "sparsekern",
+        contestants.COMPILED,
+    ]
     assert left_out["wrong"].startswith(
         "bench: expected wrong to be right to 0.001, got a relative"
     )
     monkeypatch.setattr(contestants, "converted", lambda c: lambda x: torch.zeros(1, 7, 16))
     with ExitStack() as stack, torch.no_grad(), pytest.raises(RuntimeError, match="expected spars"):
-        contestants.sides(contest, [], stack)
+        contestants.sides(contest, [], stack, said.append)
     monkeypatch.setattr(contestants, "DENSE", {"broken": broken})
     with ExitStack() as stack, torch.no_grad():
         with pytest.raises(RuntimeError, match=r"bench: expected a dense side, got \{'broken'"):
-            contestants.sides(contest, [], stack)
+            contestants.sides(contest, [], stack, said.append)
 
 
 @pytest.mark.slow
