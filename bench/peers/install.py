@@ -17,18 +17,19 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 READY = ".ready"  # holds the packages of a finished environment
 
+ONNX = "onnx==1.23.2"
 # Steps of pip, in order. `--no-build-isolation` where a build must see the torch beside it.
 PEERS: dict[str, tuple[tuple[str, ...], ...]] = {
     "deepsparse": (("deepsparse==1.8.0", "numpy==1.26.4", "onnx==1.14.1", "setuptools<81"),),
-    "onnxruntime": (("onnxruntime==1.31.1", "onnx"),),
-    "openvino": (("openvino==2026.4.1", "onnx"),),
+    "onnxruntime": (("onnxruntime==1.31.1", ONNX),),
+    "openvino": (("openvino==2026.4.1", ONNX),),
     "sparseprop": (
         ("torch==2.13.0",),
-        ("numpy", "scipy", "pybind11", "setuptools<81", "wheel"),
+        ("numpy==2.4.6", "scipy==1.17.1", "pybind11==3.1.0", "setuptools<81", "wheel"),
         ("--no-build-isolation", "--no-deps", "sparseprop==0.1.14"),
     ),
     # No peer, but what writes whole models as ONNX files for the three engines above.
-    "onnx": (("onnx",),),
+    "onnx": ((ONNX,),),
 }
 
 
