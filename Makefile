@@ -9,7 +9,7 @@ SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu b
 THREADS ?= 1
 CLANG_FORMAT = $(VENV)/bin/clang-format
 
-.PHONY: setup demo test lint format bench gpu sanitize clean
+.PHONY: setup demo test lint format bench models peers gpu sanitize clean
 
 setup: $(READY)
 
@@ -40,6 +40,13 @@ format: setup
 
 bench: setup
 	$(PY) bench/run.py --suite summary --threads $(THREADS)
+
+models: setup
+	$(PY) bench/models.py --threads $(THREADS) --peers
+
+# Other engines, each in its own environment under bench/peers; only the benchmarks use them.
+peers: setup
+	$(PY) bench/peers/install.py $(PEERS)
 
 gpu:
 	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu: no CUDA device'"

@@ -10,14 +10,18 @@ their reason, and our own stops the run.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
+import rounds
 import torch
 from cases import Problem
+from peers.client import ENGINES, Peer, PeerError
 from torch import Tensor
 
 from sparsekern import SparseConv2d, SparseLinear
+from sparsekern.measure import Timing
 
 # Largest accepted error, relative to the largest exact output. Dense and sparse sums differ in
 # order only; bfloat16 rounds inputs of the last product and the result to 8 bits.
@@ -33,15 +37,17 @@ class Side:
 
     Attributes:
         name: What runs.
-        role: `dense`, `peer` (sparse, not ours) or `ours`.
-        call: The timed call; returns y, or (dX, dW, db) when training.
+        role: `dense`, `peer` (not torch's dense, not ours) or `ours`.
+        sample: Makes calls, each of y, or of (dX, dW, db) when training, and tells their seconds.
         error: Largest error of its result over the largest exact value.
+        version: Of an engine in an environment of its own.
     """
 
     name: str
     role: str
-    call: Call
+    sample: rounds.Sampler
     error: float
+    version: str | None = None
 
 
 def f_linear(p: Problem) -> Call:
@@ -196,15 +202,70 @@ def sides(p: Problem, peers: bool) -> tuple[list[Side], dict[str, str]]:
     for name, role, make in candidates:
         try:
             call = make(p)
-            found.append(Side(name, role, call, checked(call, name, p, reference)))
+            error = checked(call, name, p, reference)
+            found.append(Side(name, role, rounds.local(call), error))
         # Whatever a foreign kernel does on a machine it was not made for, the others go on.
         except Exception as error:
-            left_out[name] = (str(error).strip() or repr(error)).splitlines()[0]
+            left_out[name] = first_line(error)
     if not any(side.role == "dense" for side in found):
         raise RuntimeError(f"bench: expected a dense side for {p.case.name}, got {left_out}")
     call = sparse_call(p)
-    found.append(Side(OURS, "ours", call, checked(call, OURS, p, reference)))
+    found.append(Side(OURS, "ours", rounds.local(call), checked(call, OURS, p, reference)))
     return found, left_out
+
+
+def engine_sides(
+    p: Problem, names: Iterable[str], stack: ExitStack
+) -> tuple[list[Side], dict[str, str]]:
+    """The engines that have an environment of their own and get the problem right.
+
+    Args:
+        p: The problem.
+        names: Of `peers.client.ENGINES`.
+        stack: Ends their processes.
+
+    Returns:
+        The sides, and for each engine left out the reason.
+    """
+    job = {"kind": p.case.kind, "threads": torch.get_num_threads(), "training": p.case.training}
+    if p.case.kind == "conv":
+        job.update(stride=p.case.stride, padding=p.case.kernel // 2)
+    arrays = {"x": p.x, "weight": p.weight, "bias": p.bias}
+    if p.case.training:
+        arrays["grad"] = p.grad
+    reference = p.reference()
+    found, left_out = [], {}
+    for engine in names:
+        name = ENGINES[engine]
+        try:
+            if p.x.dtype != torch.float32:
+                raise TypeError("float32 only")
+            peer = stack.enter_context(Peer(engine, job, arrays))
+            error = checked(peer.result, name, p, reference)
+            found.append(Side(name, "peer", peer.sample, error, peer.version))
+        except Exception as error:
+            left_out[name] = first_line(error)
+    return found, left_out
+
+
+def time_all(sides: list[Side], left_out: dict[str, str], budget_s: float) -> list[Timing]:
+    """Time sides in the same rounds.
+
+    A peer that fails meanwhile moves from `sides` to `left_out`, and the others start again.
+    """
+    while True:
+        try:
+            return rounds.interleaved([side.sample for side in sides], budget_s)
+        except PeerError as error:
+            lost = next(side for side in sides if side.sample == error.peer.sample)
+            error.peer.close()
+            sides.remove(lost)
+            left_out[lost.name] = first_line(error)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, short enough for a table."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
 
 
 def checked(call: Call, name: str, p: Problem, reference: tuple[Tensor, ...]) -> float:
@@ -220,8 +281,7 @@ def checked(call: Call, name: str, p: Problem, reference: tuple[Tensor, ...]) ->
     for got, exact in zip(result if isinstance(result, tuple) else (result,), reference):
         if got.dim() == 1 and exact.shape == p.mask.shape:
             exact = exact[p.mask]
-        gap = (got.detach().double() - exact).abs().max() / exact.abs().max()
-        worst = max(worst, float(gap.nan_to_num(nan=float("inf"))))
+        worst = max(worst, relative_error(got, exact))
     limit = TOLERANCE[p.x.dtype]
     if not worst <= limit:
         raise RuntimeError(
@@ -229,3 +289,11 @@ def checked(call: Call, name: str, p: Problem, reference: tuple[Tensor, ...]) ->
             f"got a relative error of {worst:.1e}"
         )
     return worst
+
+
+def relative_error(got: Tensor, exact: Tensor) -> float:
+    """Largest difference over the largest exact value; infinite where one is not a number."""
+    if got.shape != exact.shape:
+        return float("inf")
+    gap = (got.detach().double() - exact).abs().max() / exact.abs().max()
+    return float(gap.nan_to_num(nan=float("inf")))

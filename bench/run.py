@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from datetime import datetime, timezone
 from itertools import product
@@ -22,9 +22,10 @@ import baselines
 import cases
 import peaks
 import torch
+from peers.client import ENGINES
 
 import sparsekern
-from sparsekern.measure import Timing, hardware, interleaved, speedup
+from sparsekern.measure import Timing, hardware, speedup
 from sparsekern.measure.table import MISSING, percent, times
 from sparsekern.patterns import parse
 
@@ -73,16 +74,30 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
                         help=f"one or more of {', '.join(names)} (default summary)")  # fmt: skip
     parser.add_argument("--case", help="only cases whose name contains this text")
     parser.add_argument("--pattern", nargs="+", type=_pattern, help="only these patterns")
-    parser.add_argument("--sparsity", nargs="+", type=_sparsity,
+    parser.add_argument("--sparsity", nargs="+", type=share_of_zeros,
                         help="these shares of zeros instead of the suite's own")  # fmt: skip
     parser.add_argument("--dtype", nargs="+", default=["float32"], choices=DTYPES)
-    parser.add_argument("--threads", nargs="+", type=_threads, default=[1])
-    parser.add_argument("--budget", type=_seconds, default=0.5,
+    parser.add_argument("--threads", nargs="+", type=count, default=[1])
+    parser.add_argument("--budget", type=duration, default=0.5,
                         help="seconds of timing per point, all sides together")  # fmt: skip
-    parser.add_argument("--peers", action="store_true", help="time torch.sparse and scipy as well")
+    add_peers(parser)
     parser.add_argument("--out", type=Path, help="JSONL file to append to "
                         "(default bench/results/SUITE-TIME.jsonl)")  # fmt: skip
-    return parser.parse_args(arguments)
+    return with_all_peers(parser.parse_args(arguments))
+
+
+def add_peers(parser: argparse.ArgumentParser) -> None:
+    """The option `--peers`."""
+    parser.add_argument("--peers", nargs="*", choices=ENGINES, metavar="ENGINE",
+                        help="time peers as well: of single layers torch.sparse and scipy, and the "
+                        f"engines named (without names all of {', '.join(ENGINES)}); "
+                        "bench/peers/install.py installs them")  # fmt: skip
+
+
+def with_all_peers(options: argparse.Namespace) -> argparse.Namespace:
+    """`--peers` without names means all of them."""
+    options.peers = list(ENGINES) if options.peers == [] else options.peers
+    return options
 
 
 def _pattern(text: str) -> str:
@@ -102,16 +117,19 @@ def _number(text: str, kind: type, wanted: str, fits) -> float:
     return value
 
 
-def _sparsity(text: str) -> float:
+def share_of_zeros(text: str) -> float:
+    """Of the command line, in [0, 1)."""
     return _number(text, float, "a share of zeros in [0, 1)", lambda v: 0 <= v < 1)
 
 
-def _threads(text: str) -> int:
-    return _number(text, int, "a whole number of threads of at least 1", lambda v: v >= 1)
+def count(text: str) -> int:
+    """Of the command line, at least 1."""
+    return _number(text, int, "a whole number of at least 1", lambda v: v >= 1)
 
 
-def _seconds(text: str) -> float:
-    return _number(text, float, "seconds above 0", lambda v: 0 < v < float("inf"))
+def duration(text: str) -> float:
+    """Of the command line, above 0."""
+    return _number(text, float, "a time above 0", lambda v: 0 < v < float("inf"))
 
 
 def grid(options: argparse.Namespace) -> Iterator[tuple]:
@@ -163,12 +181,17 @@ def commit() -> str | None:
         return None
 
 
-def measure(problem: cases.Problem, budget_s: float, peers: bool, limits: dict) -> dict:
-    """Time all sides of a problem against each other; see bench/README.md for the fields."""
+def measure(problem: cases.Problem, budget_s: float, peers: list[str] | None, limits: dict) -> dict:
+    """Time all sides of a problem against each other; see bench/README.md for the fields.
+
+    `peers` None adds no peer, else those of torch and scipy and the engines named.
+    """
     case = problem.case
-    with nullcontext() if case.training else torch.inference_mode():
-        sides, left_out = baselines.sides(problem, peers)
-        timings = interleaved([side.call for side in sides], budget_s=budget_s)
+    with nullcontext() if case.training else torch.inference_mode(), ExitStack() as stack:
+        sides, left_out = baselines.sides(problem, peers is not None)
+        engines, missing = baselines.engine_sides(problem, peers or (), stack)
+        sides, left_out = [*sides[:-1], *engines, sides[-1]], {**left_out, **missing}
+        timings = baselines.time_all(sides, left_out, budget_s)
     rows = list(zip(sides, timings))
     ours = timings[-1]
     best, best_timing = min((r for r in rows if r[0].role == "dense"), key=lambda r: r[1].median_ms)
@@ -183,7 +206,7 @@ def measure(problem: cases.Problem, budget_s: float, peers: bool, limits: dict) 
         "sparsity": problem.sparsity,
         "nnz": problem.nnz,
         "dtype": str(problem.x.dtype).removeprefix("torch."),
-        "sides": {side.name: {"role": side.role, **_summary(t, side.error)} for side, t in rows},
+        "sides": {side.name: summary(side, timing) for side, timing in rows},
         "left_out": left_out,
         "best_dense": best.name,
         "speedup": asdict(speedup(best_timing, ours)),
@@ -192,9 +215,12 @@ def measure(problem: cases.Problem, budget_s: float, peers: bool, limits: dict) 
     }
 
 
-def _summary(timing: Timing, error: float) -> dict[str, float]:
+def summary(side: baselines.Side, timing: Timing) -> dict[str, object]:
+    """One side of a point, as it is written."""
     keys = ("median_ms", "p10_ms", "p90_ms", "min_ms", "rounds", "calls")
-    return {**{key: getattr(timing, key) for key in keys}, "max_rel_error": error}
+    times = {key: getattr(timing, key) for key in keys}
+    version = {"version": side.version} if side.version else {}
+    return {"role": side.role, **times, "max_rel_error": side.error, **version}
 
 
 def rates(problem: cases.Problem, ours: Timing, limits: dict) -> dict[str, float | None]:

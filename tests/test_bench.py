@@ -12,13 +12,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import baselines
 import cases
+import figures
 import peaks
 import plot
 import run
+from peers import install
 
 from sparsekern.patterns import parse
 
 LIMITS = {"threads": 1, "fma_gflops": 100.0, "fma_l1_gflops": 60.0, "load_memory_gb_s": 10.0}
+START, END = plot.markers(plot.LAYERS)
 ALL_CASES = {case.name: case for suite in cases.SUITES.values() for case in suite.cases}
 
 
@@ -35,9 +38,10 @@ SMALL_CASES = {small.name: small for small in map(shrunk, ALL_CASES.values())}
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    """Limits without compiling and running for them."""
+def quick(monkeypatch, tmp_path):
+    """Limits without compiling and running for them, and no engine but torch and scipy."""
     monkeypatch.setattr(peaks, "measure", lambda threads: LIMITS)
+    monkeypatch.setattr(install, "FOLDER", tmp_path)
 
 
 def run_bench(out, *arguments):
@@ -167,8 +171,8 @@ def test_a_wrong_or_broken_dense_side_is_left_out_with_its_reason(monkeypatch):
     "arguments, message",
     [
         (["--sparsity", "1.2"], "expected a share of zeros in [0, 1), got 1.2"),
-        (["--threads", "0"], "expected a whole number of threads of at least 1, got 0"),
-        (["--budget", "many"], "expected seconds above 0, got many"),
+        (["--threads", "0"], "expected a whole number of at least 1, got 0"),
+        (["--budget", "many"], "expected a time above 0, got many"),
         (["--pattern", "3x3"], "parse: expected a pattern"),
         (["--suite", "gpu"], "invalid choice: 'gpu'"),
     ],
@@ -211,8 +215,8 @@ def _point(case="a", sparsity=0.5, gain=1.5, suite="summary", pattern="unstructu
     return {
         "type": "point", "suite": suite, "case": case, "pattern": pattern, "sparsity": sparsity,
         "dtype": "float32", "threads": threads, "sides": sides, "best_dense": "F.linear",
-        "speedup": {"median": gain, "p10": 0.9 * gain, "p90": 1.1 * gain},
-        "effective_gflops": 100.0,
+        "speedup": {"median": gain, "p10": 0.9 * gain, "p90": 1.1 * gain}, "kind": "linear",
+        "effective_gflops": 100.0, "tokens": 512, "percent_l1_limit": 40.0,
     }  # fmt: skip
 
 
@@ -247,19 +251,19 @@ def test_the_table_shows_losses_like_wins(results, capsys):
 
 def test_the_table_is_written_between_the_markers(results, tmp_path):
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{plot.START}\nold\n{plot.END}\nafter\n")
+    readme.write_text(f"before\n{START}\nold\n{END}\nafter\n")
     assert plot.main([str(results), "--update", str(readme)]) == 0
     text = readme.read_text()
-    assert text.startswith(f"before\n{plot.START}\n**float32") and "old" not in text
-    assert text.endswith(f"{plot.END}\nafter\n")
+    assert text.startswith(f"before\n{START}\n**float32") and "old" not in text
+    assert text.endswith(f"{END}\nafter\n")
 
 
-@pytest.mark.parametrize("text", ["", plot.START, f"{plot.END} {plot.START}", plot.START * 2])
+@pytest.mark.parametrize("text", ["", START, f"{END} {START}", START * 2])
 def test_a_readme_without_markers_stays_as_it_is(results, tmp_path, capsys, text):
     readme = tmp_path / "README.md"
     readme.write_text(text)
     assert plot.main([str(results), "--update", str(readme)]) == 2
-    assert f"plot: expected one {plot.START} before one {plot.END}" in capsys.readouterr().err
+    assert f"plot: expected one {START} before one {END}" in capsys.readouterr().err
     assert readme.read_text() == text
 
 
@@ -269,19 +273,31 @@ def test_figures_are_drawn(results, tmp_path, form):
     folder = tmp_path / "figures"
     assert plot.main([str(results), "--out", str(folder), "--format", form]) == 0
     names = {path.name for path in folder.iterdir()}
-    wanted = ("summary-unstructured", "summary-24", "tails-unstructured", "crossover")
+    wanted = ("summary-unstructured", "limit-summary-unstructured", "summary-24",
+              "tails-unstructured", "crossover")  # fmt: skip
     assert names == {f"{name}-float32-1t.{form}" for name in wanted}
     assert all(path.stat().st_size > 1000 for path in folder.iterdir())
 
 
 def test_crossover_is_interpolated_between_loss_and_win():
     def at(*gains):
-        return plot.crossover([_point(sparsity=s, gain=g) for s, g in gains])
+        return figures.crossover([_point(sparsity=s, gain=g) for s, g in gains])
 
     assert at((0.5, 0.5), (0.7, 2.0)) == pytest.approx(0.6)
     assert at((0.5, 1.1), (0.7, 2.0)) == float("-inf")
     assert at((0.5, 0.5), (0.7, 0.9)) == float("inf")
     assert at((0.5, 1.5), (0.7, 0.5), (0.9, 2.0)) == pytest.approx(0.8)
+
+
+def test_the_limit_that_binds_is_drawn():
+    point = {"percent_memory_bandwidth": 80.0, "percent_l1_limit": 9.0}
+    assert figures.percent_of_limit({**point, "tokens": 1}) == 80.0
+    assert figures.percent_of_limit({**point, "tokens": 2}) == 9.0
+    known = [_point(sparsity=s) for s in (0.5, 0.9)]
+    figure = figures.limit_figure([*known, {**_point("b"), "percent_l1_limit": None}])
+    lines = figure.axes[0].get_lines()
+    assert lines[0].get_label() == "a" and list(lines[0].get_ydata()) == [40, 40]
+    assert len(lines) == 2  # and the limit itself
 
 
 def test_a_torn_line_is_skipped_and_the_later_of_two_points_counts(tmp_path):
