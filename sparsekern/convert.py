@@ -15,6 +15,7 @@ from .fuse import Activations, Folds, Misread, check_agreement, run_once
 from .measure.structure import check_inputs, forward_call
 from .nn import SparseConv2d, SparseLinear
 from .patterns import detect
+from .pool import ChannelsLastMaxPool2d, faster_pools
 from .sites import find_sites, group_tied
 from .tune import MIN_GAIN, InputSpec, TuningCache, layer_key, time_layer
 from .weights import CSRWeight
@@ -47,7 +48,8 @@ def convert_to_sparse(
     go into the sparse layers whose output they read, exactly up to rounding. That is done where a
     run of `example_inputs` shows that nothing else reads the tensor in between (see
     `fold_batchnorm`), needs a model in eval mode, and is checked on the outputs of the whole model.
-    The modules become an nn.Identity; `to_dense` brings activations back, a folded model stays
+    Max pools run by way of channels_last where that is faster, which changes no value. The modules
+    become an nn.Identity; `to_dense` brings activations back, a folded model stays
     folded. A model that goes back to dense has its own modules and parameters again.
 
     Args:
@@ -59,7 +61,7 @@ def convert_to_sparse(
         mode: `inference` times the forward pass; `training` times forward and both gradients and
             prepares the backward pass.
         min_gain: Least ratio dense time / sparse time to take a sparse layer.
-        fuse: Whether to fold normalisations and fuse activations, for inference.
+        fuse: Whether to fold normalisations, fuse activations and move max pools, for inference.
         budget_s: Seconds of timing per distinct layer shape.
         cache: Keep timings in the user's cache folder, so that the next conversion is quick.
         progress: Show a progress bar; None shows it in a terminal when there is much to time.
@@ -163,6 +165,7 @@ def _record_inputs(job: _Job, candidates) -> dict[int, Counter] | None:
         specs.setdefault(id(module), Counter())[InputSpec.of(x)] += 1
 
     modules = [s.module for c in candidates for s in c.sites if not s.obstacle]
+    modules += [m for m in job.model.modules() if type(m) is nn.MaxPool2d]
     hooks = [m.register_forward_pre_hook(remember, with_kwargs=True) for m in modules]
     try:
         with eval_mode(job.model), torch.inference_mode():
@@ -196,15 +199,17 @@ def _decide_all(job: _Job, candidates: list[Candidate], progress: bool | None) -
     for candidate in _with_progress(candidates, progress):
         _decide(job, candidate)
     job.tuning.save()
+    taken = [c for c in candidates if c.take]
+    if taken and job.fuse and taken[0].sites[0].module.weight.device.type == "cpu":
+        taken[0].fused = faster_pools(job.model, job.specs, job.budget_s)
     if not job.planned:
         return
-    taken = [c for c in candidates if c.take]
     twins = {s.module: t for c in taken for s, t in zip(c.sites, c.sparse, strict=True)}
     final = job.activations.of_layers(set(twins))
     for module, twin in twins.items():
         twin.activation = final.get(module, "none")
     if taken:
-        taken[0].fused = job.activations.places({m: twins[m] for m in final})
+        taken[0].fused += job.activations.places({m: twins[m] for m in final})
 
 
 def _decide(job: _Job, candidate: Candidate) -> None:
@@ -326,7 +331,9 @@ def _describe(result: ConversionReport, job: _Job, candidates: list[Candidate]) 
     taken = [c for c in candidates if c.take]
     if taken:
         result.folded = job.folds.names
-        result.fused = [slot.name for c in taken for slot, _ in c.fused]
+        for slot, stand_in in (pair for c in taken for pair in c.fused):
+            pool = isinstance(stand_in, ChannelsLastMaxPool2d)
+            (result.pools if pool else result.fused).append(slot.name)
         if job.folds.reason:
             result.notes.append(job.folds.reason)
 

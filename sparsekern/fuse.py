@@ -13,6 +13,7 @@ from .conversion import REPORT
 from .fold import FoldedNorm, find_folds, training_part, with_parameters
 from .measure.structure import forward_call, output_error, tensors_of
 from .ops._library import activate
+from .pool import restore_pools
 from .sites import find_sparse
 
 FUSABLE = ("relu", "gelu", "gelu_tanh")
@@ -61,6 +62,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     """
     result = model
     restored = _restore_activations(model)
+    restore_pools(model)
     tied: dict[int, nn.Parameter] = {}
     for site in find_sparse(model):
         dense = site.module.to_dense()

@@ -42,7 +42,7 @@ def run(function, arguments, positions, grad):
 
 
 def check_close(got, want, dtype, terms, scale=None):
-    """`scale`: size of the terms' sum without cancellation, where the largest result can be tiny."""
+    """`scale`: size of the sum without cancellation, where the largest result can be tiny."""
     assert got.shape == want.shape
     if not got.numel():
         return
