@@ -50,14 +50,14 @@ void run_pass(SpmvArgs a) {
 
 // Measured, see bench/NOTES.md. Spreading a bitmap costs the same whatever is stored, plus a third
 // of that for each token; a panel with every lane in use costs by what is stored. Beyond the cache
-// the order of the runs in run_spmm waits for memory.
+// run_spmm waits longer for its runs, which come from all over the matrix.
 bool few_tokens(const PlanView& plan, int64_t tokens) {
-  constexpr int64_t kBeyondCache = int64_t{1} << 20;  // values
+  const bool beyond_cache = plan.nnz >= int64_t{1} << 20;
   switch (plan.spmv.kind) {
-    case kSpmvColumns: return tokens <= 32;
+    case kSpmvColumns: return tokens <= (beyond_cache ? 24 : 12);
     case kSpmvBitmap:
-      if (plan.nnz >= kBeyondCache) return tokens <= 16;
-      return tokens * plan.rows * plan.cols <= 32 * plan.nnz;
+      return tokens <= kAtOnce &&
+             tokens * plan.rows * plan.cols <= (beyond_cache ? 48 : 32) * plan.nnz;
     default: return false;
   }
 }
