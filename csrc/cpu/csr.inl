@@ -157,7 +157,7 @@ void run_block(const Run* run, const Run* end, int32_t tiles, Stream stream, con
   for (; run + U <= end; run += U) {
     // Rows come in order of their counts, so unpacked values do not stream: fetch ahead.
     if (!stream.packed)
-      for (int u = 0; u < U; ++u) __builtin_prefetch(stream.values + run[u + 2 * U].start);
+      for (int u = 0; u < U; ++u) __builtin_prefetch(stream.values + run[u + 8].start);
     run_rows<R, U>(run, stream, panel, c);
   }
   for (; run < end; ++run) run_rows<R, 1>(run, stream, panel, c);
