@@ -125,9 +125,6 @@ struct Scratch {
   ~Scratch() { std::free(data); }
 };
 
-// Below this many multiply-adds a second thread costs more than it brings.
-constexpr int64_t kSerialWork = 200000;
-
 struct Split {
   int64_t token_parts, token_chunk, row_parts, blocks_per_group;
 };
@@ -148,14 +145,14 @@ Split split_work(const PlanView& plan, int64_t tokens, int64_t groups) {
   return {token_parts, (chunk + width - 1) / width * width, row_parts, per_group};
 }
 
+}  // namespace
+
 Source shifted(const Source& s, ImageSource* image, int64_t channels) {
   if (s.matrix) return s;
   *image = *s.image;
   image->channel0 += channels;
   return {nullptr, image};
 }
-
-}  // namespace
 
 float* thread_scratch(ScratchSlot slot, int64_t floats) {
   static thread_local Scratch slots[kScratchSlots];

@@ -80,4 +80,24 @@ void permute_values(const float* values, const int32_t* perm, int64_t n, float* 
 // A contiguous float32 (or float64) version of t; t itself when it is one already.
 Tensor as_contiguous(const Tensor& t, ScalarType dtype);
 
+// The shape of t with another last size; the product of all sizes but the last.
+inline std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) shape.push_back(t.size(i));
+  shape.push_back(last);
+  return shape;
+}
+
+inline int64_t tokens_of(const Tensor& x) {
+  int64_t n = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) n *= x.size(i);
+  return n;
+}
+
+// A source whose group of channels starts `channels` further; `image` holds it, if it is an image.
+Source shifted(const Source& s, ImageSource* image, int64_t channels);
+
+// Below this many multiply-adds a second thread costs more than it brings.
+constexpr int64_t kSerialWork = 200000;
+
 }  // namespace sparsekern

@@ -4,7 +4,8 @@
 #include "panel.inl"
 #include "csr.inl"
 #include "sddmm.inl"
+#include "block.inl"
 
 namespace sparsekern {
-const Kernels kernels_avx2 = {"avx2", Vec::N, 8, kSddmmVectors, spmm, sddmm, fill_panel, spmv};
+const Kernels kernels_avx2 = {"avx2", Vec::N, 8, kSddmmVectors, spmm, sddmm, fill_panel, spmv, block_spmm, block_spmv, block_sddmm};
 }  // namespace sparsekern

@@ -3,7 +3,8 @@
 #include "panel.inl"
 #include "csr.inl"
 #include "sddmm.inl"
+#include "block.inl"
 
 namespace sparsekern {
-const Kernels kernels_scalar = {"scalar", Vec::N, 4, kSddmmVectors, spmm, sddmm, fill_panel, spmv};
+const Kernels kernels_scalar = {"scalar", Vec::N, 4, kSddmmVectors, spmm, sddmm, fill_panel, spmv, block_spmm, block_spmv, block_sddmm};
 }  // namespace sparsekern

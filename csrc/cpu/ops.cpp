@@ -9,19 +9,6 @@
 namespace sparsekern {
 namespace {
 
-std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
-  std::vector<int64_t> shape;
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) shape.push_back(t.size(i));
-  shape.push_back(last);
-  return shape;
-}
-
-int64_t tokens_of(const Tensor& x) {
-  int64_t n = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) n *= x.size(i);
-  return n;
-}
-
 void spmv_rows(const Pattern& p, const float* values, const float* x, const float* bias,
                Activation activation, float* y, int64_t tokens) {
   const int64_t grain = std::max<int64_t>(1, 30000 * p.rows / std::max<int64_t>(1, p.nnz));
