@@ -15,7 +15,7 @@ class LayerReport:
         shape: Shape of the dense weight.
         pattern: Pattern of the zeros.
         sparsity: Share of zeros.
-        format: `csr` when sparse, `dense` when left dense.
+        format: `csr`, `block` or `nm` when sparse, `dense` when left dense.
         dense_ms: Time of the dense layer at the shapes seen, all its calls in one run of the model;
             None when not timed.
         sparse_ms: The same for the sparse layer.

@@ -17,7 +17,7 @@ from .nn import SparseConv2d, SparseLinear
 from .patterns import detect
 from .sites import Site, find_sites, find_sparse, group_tied
 from .tune import MIN_GAIN, InputSpec, TuningCache, layer_key, time_layer
-from .weights import CSRWeight
+from .weights import FORMATS, fitting_formats
 
 REPORT = "_sparsekern_report"
 WORTH_TIMING = 0.3  # fewer zeros than this cannot win in any kernel we have
@@ -33,6 +33,7 @@ class _Candidate:
     sites: list[Site]
     sparsity: float = 0.0
     pattern: str = "unstructured"
+    format: str = "csr"
     sparse: list[nn.Module] = field(default_factory=list)
     dense_ms: float | None = None
     sparse_ms: float | None = None
@@ -109,7 +110,7 @@ def report(model: nn.Module) -> ConversionReport:
     rows = [
         LayerReport(
             site.name, site.kind, tuple(site.module.weight.shape), site.module.pattern,
-            site.module.sparsity, "csr", None, None, None, "sparse layer, not timed",
+            site.module.sparsity, site.module.weight.format, None, None, None, "sparse layer, not timed",
         )
         for site in find_sparse(model)
     ]  # fmt: skip
@@ -224,18 +225,35 @@ def _decide(candidate, specs, mode, min_gain, budget_s, tuning) -> None:
     elif not any(id(s.module) in specs for s in candidate.sites):
         candidate.reason = "not called in the run of example_inputs"
         return
-    candidate.sparse = _build(candidate, mode)
-    if specs is not None:
-        _time(candidate, specs, mode, budget_s, tuning)
-        gain = candidate.dense_ms / candidate.sparse_ms
-        candidate.take = gain >= min_gain
-        candidate.reason = f"{'faster' if candidate.take else 'not faster'}: {gain:.2f}x"
+    shape, groups = site.weight.shape, getattr(site.module, "groups", 1)
+    formats = fitting_formats(candidate.pattern, shape, groups)
+    if specs is None:
+        candidate.format = formats[0]
+        candidate.sparse = _build(candidate, candidate.format, mode)
+        return
+    for name in formats:
+        _try_format(candidate, name, specs, mode, budget_s, tuning)
+    gain = candidate.dense_ms / candidate.sparse_ms
+    candidate.take = gain >= min_gain
+    candidate.reason = f"{'faster' if candidate.take else 'not faster'}: {gain:.2f}x"
 
 
-def _build(candidate: _Candidate, mode: str) -> list[nn.Module]:
-    """Sparse twins around one shared weight."""
+def _try_format(candidate, name: str, specs, mode, budget_s, tuning) -> None:
+    """Time one format; the candidate keeps the fastest one so far."""
+    sparse = _build(candidate, name, mode)
+    dense_ms, sparse_ms, error = _time(candidate.sites, sparse, specs, mode, budget_s, tuning)
+    if (
+        candidate.sparse_ms is None
+        or sparse_ms / dense_ms < candidate.sparse_ms / candidate.dense_ms
+    ):
+        candidate.format, candidate.sparse = name, sparse
+        candidate.dense_ms, candidate.sparse_ms, candidate.error = dense_ms, sparse_ms, error
+
+
+def _build(candidate: _Candidate, name: str, mode: str) -> list[nn.Module]:
+    """Sparse twins around one shared weight of a format."""
     first = candidate.sites[0]
-    weight = CSRWeight.from_dense(
+    weight = FORMATS[name].from_dense(
         first.weight, pattern=candidate.pattern, groups=getattr(first.module, "groups", 1)
     )
     weight.values.requires_grad_(first.module.weight.requires_grad)
@@ -245,10 +263,11 @@ def _build(candidate: _Candidate, mode: str) -> list[nn.Module]:
     return [layer.from_weight(weight, site.module) for site in candidate.sites]
 
 
-def _time(candidate, specs, mode, budget_s, tuning) -> None:
+def _time(sites, twins, specs, mode, budget_s, tuning) -> tuple[float, float, float]:
+    """Milliseconds dense and sparse at the inputs seen, and the largest difference."""
     training = mode == "training"
     dense_ms = sparse_ms = error = 0.0
-    for site, sparse in zip(candidate.sites, candidate.sparse, strict=True):
+    for site, sparse in zip(sites, twins, strict=True):
         for spec, count in specs.get(id(site.module), {}).items():
             key = layer_key(sparse, spec, training)
             times = tuning.get(key)
@@ -258,7 +277,7 @@ def _time(candidate, specs, mode, budget_s, tuning) -> None:
             dense_ms += count * times[0]
             sparse_ms += count * times[1]
             error = max(error, _difference(site.module, sparse, spec))
-    candidate.dense_ms, candidate.sparse_ms, candidate.error = dense_ms, sparse_ms, error
+    return dense_ms, sparse_ms, error
 
 
 def _difference(dense: nn.Module, sparse: nn.Module, spec: InputSpec) -> float:
@@ -350,7 +369,7 @@ def _training_step(model: nn.Module, inputs) -> None:
 def _rows(candidate: _Candidate) -> list[LayerReport]:
     row = LayerReport(
         name="", kind="", shape=(), pattern=candidate.pattern, sparsity=candidate.sparsity,
-        format="csr" if candidate.take else "dense", dense_ms=candidate.dense_ms,
+        format=candidate.format if candidate.take else "dense", dense_ms=candidate.dense_ms,
         sparse_ms=candidate.sparse_ms, max_error=candidate.error, reason=candidate.reason,
     )  # fmt: skip
     return [

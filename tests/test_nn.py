@@ -14,7 +14,13 @@ LINEAR = [
     {"sparsity": 0.8},
     {"sparsity": 0.0, "bias": False},
     {"pattern": "2:4"},
+    {"pattern": "2:4", "format": "csr"},
+    {"pattern": "4:16", "activation": "gelu"},
     {"sparsity": 0.75, "pattern": "block:4x4", "activation": "relu"},
+    {"sparsity": 0.5, "pattern": "block:4x4", "format": "csr"},
+    {"sparsity": 0.5, "pattern": "block:5x7"},
+    {"sparsity": 0.5, "pattern": "vector:1x8", "format": "block"},
+    {"sparsity": 0.5, "pattern": "vector:8x1"},
     {"sparsity": 0.9, "activation": "gelu"},
     {"sparsity": 0.9, "activation": "gelu_tanh"},
 ]
@@ -26,6 +32,11 @@ CONV = [
     {"sparsity": 0.6, "groups": 4, "padding": 1, "padding_mode": "reflect"},
     {"sparsity": 0.6, "padding": 1, "padding_mode": "circular", "activation": "relu"},
     {"pattern": "filter", "sparsity": 0.5},
+    {"pattern": "2:4", "padding": 1},
+    {"pattern": "1:2", "groups": 2, "stride": 2},
+    {"pattern": "block:4x3", "sparsity": 0.5, "padding": 1},
+    {"pattern": "block:3x2", "sparsity": 0.5, "groups": 2, "activation": "relu"},
+    {"pattern": "vector:8x1", "sparsity": 0.5, "padding": 1},
 ]
 
 
@@ -52,7 +63,7 @@ def test_matches_the_dense_twin_forward_and_backward(kind, options):
     y.backward(grad)
     z.backward(grad)
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
-    dense_grad = inner.weight.grad[layer.weight.mask()]
+    dense_grad = layer.weight.gather(inner.weight.grad)
     torch.testing.assert_close(layer.weight.values.grad, dense_grad, rtol=1e-4, atol=2e-5)
     if layer.bias is not None:
         torch.testing.assert_close(layer.bias.grad, inner.bias.grad, rtol=1e-4, atol=2e-5)

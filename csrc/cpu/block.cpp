@@ -11,8 +11,8 @@ constexpr int32_t kBlockTransposedMagic = 0x534b4331;  // "SKC1"
 
 // Measured in bench/NOTES.md. Tiles of several rows are bound by the multiply-adds, so their panel
 // may come from the L2 cache; one row alone needs it in L1.
-constexpr int64_t kPanelCols = 1024, kPanelColsOneRow = 64;
-constexpr int64_t kRowsKept = 1024;
+constexpr int64_t kPanelCols = 1024, kPanelColsOneRow = 128;
+constexpr int64_t kRowsKept = 512;
 constexpr int64_t kSddmmCols = 256;
 
 std::vector<int32_t> plan_header(const BlockView& v, int32_t magic) {

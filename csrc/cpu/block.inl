@@ -47,7 +47,11 @@ SK_INLINE void block_tile(const BlockView& view, const BlockRun& run, int h) {
     const BlockColumns c = columns_of(view, run.col[i]);
     const float* x = run.panel + c.first * P + h * Vec::N;
     const float* v[U];
-    for (int u = 0; u < U; ++u) v[u] = run.values + i * block + u * view.block_cols;
+    for (int u = 0; u < U; ++u) {
+      v[u] = run.values + i * block + u * view.block_cols;
+      // The rows of a tile are stretches with gaps, which no hardware prefetcher follows.
+      for (int64_t k = 0; k < view.block_cols; k += 16) __builtin_prefetch(v[u] + 2 * block + k);
+    }
     for (int64_t k = 0; k < c.count; ++k, x += step) {
       Vec xs[H];
       for (int j = 0; j < H; ++j) xs[j] = Vec::load(x + j * Vec::N);

@@ -9,23 +9,6 @@
 namespace sparsekern {
 namespace {
 
-// Bias of the right size and dtype, contiguous in the type that is computed in.
-std::optional<Tensor> check_bias(const std::string& op, const std::optional<Tensor>& bias,
-                                 const Tensor& x, int64_t rows, const char* what) {
-  if (!bias) return std::nullopt;
-  check_operand(op, "bias", *bias, x);
-  check_dim(op, "bias", *bias, 1);
-  check_size(op, std::string("bias.size(0) = ") + what, bias->size(0), rows);
-  return as_contiguous(*bias, compute_type(x));
-}
-
-const float* data_or_null(const std::optional<Tensor>& t) {
-  return t ? t->const_data_ptr<float>() : nullptr;
-}
-const double* double_or_null(const std::optional<Tensor>& t) {
-  return t ? t->const_data_ptr<double>() : nullptr;
-}
-
 // Up to this many tokens the lanes lie better along the blocks than along the tokens.
 int64_t spmv_tokens(const BlockView& v) {
   const int64_t lanes = v.block_cols == 1 ? v.block_rows : v.block_cols;

@@ -97,6 +97,23 @@ inline int64_t tokens_of(const Tensor& x) {
 // A source whose group of channels starts `channels` further; `image` holds it, if it is an image.
 Source shifted(const Source& s, ImageSource* image, int64_t channels);
 
+// Bias of the right size and dtype, contiguous in the type that is computed in.
+inline std::optional<Tensor> check_bias(const std::string& op, const std::optional<Tensor>& bias,
+                                 const Tensor& x, int64_t rows, const char* what) {
+  if (!bias) return std::nullopt;
+  check_operand(op, "bias", *bias, x);
+  check_dim(op, "bias", *bias, 1);
+  check_size(op, std::string("bias.size(0) = ") + what, bias->size(0), rows);
+  return as_contiguous(*bias, compute_type(x));
+}
+
+inline const float* data_or_null(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr<float>() : nullptr;
+}
+inline const double* double_or_null(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr<double>() : nullptr;
+}
+
 // Below this many multiply-adds a second thread costs more than it brings.
 constexpr int64_t kSerialWork = 200000;
 

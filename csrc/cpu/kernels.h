@@ -146,6 +146,40 @@ struct BlockSddmmArgs {
   float* scratch;  // columns of the range x panel width floats, then 2 * (end - begin) int32
 };
 
+// A matrix of which every group of `m` columns of a row keeps n. For a convolution the columns of a
+// group are input channels at one kernel position, and the slots of a row count (group of channels,
+// kernel position, n). `bits` bits of the index hold where in its group the value of a slot lies.
+struct NmView {
+  const uint8_t* index;    // (rows, row_bytes()), lowest bits first
+  int64_t rows, channels;  // rows of all groups of the convolution, channels of one
+  int64_t taps, groups, n, m;
+  int64_t bits() const { return m <= 4 ? 2 : 4; }
+  int64_t cols() const { return channels * taps; }
+  int64_t channel_groups() const { return (channels + m - 1) / m; }
+  int64_t slots() const { return channel_groups() * taps * n; }
+  int64_t row_bytes() const { return (slots() * bits() + 7) / 8; }
+  int64_t position(const uint8_t* row, int64_t slot) const {
+    const int64_t bit = slot * bits();
+    return row[bit >> 3] >> (bit & 7) & ((1 << bits()) - 1);
+  }
+};
+
+struct NmArgs {
+  NmView view;
+  const uint16_t* offset;  // (rows, slots()), column counted from the first one of its panel
+  const float* values;     // (rows, slots())
+  const float* bias;    // (rows,) or null
+  Activation activation;
+  Source source;
+  Sink sink;
+  int64_t row_begin, row_end;  // of one group
+  int64_t token_begin, token_end;
+  int64_t vectors;         // vectors of tokens per panel: 1, 2, 4 or 8
+  int64_t channel_groups;  // per panel, so that it stays in the L1 cache
+  int64_t row_block;       // rows whose sums are kept at once
+  float* scratch;          // nm_scratch() floats, 64-byte aligned
+};
+
 struct Kernels {
   const char* name;
   int64_t width;          // floats in a vector
@@ -167,6 +201,9 @@ struct Kernels {
   void (*block_spmm)(const BlockArgs&);
   void (*block_spmv)(const BlockArgs&, const float* x, float* y);
   void (*block_sddmm)(const BlockSddmmArgs&);
+  // The first two for N:M.
+  void (*nm_spmm)(const NmArgs&);
+  void (*nm_spmv)(const NmArgs&, const float* x, float* y);
 };
 
 extern const Kernels kernels_scalar;
@@ -183,6 +220,12 @@ inline int64_t spmm_scratch(const PlanView& plan, int64_t panel) {
     rows = n > rows ? n : rows;
   }
   return (blocks * plan.col_block + rows) * panel;
+}
+
+inline int64_t nm_scratch(const NmArgs& a, int64_t panel) {
+  const int64_t per_panel = a.channel_groups * a.view.m * a.view.taps;
+  const int64_t panels = (a.view.channel_groups() + a.channel_groups - 1) / a.channel_groups;
+  return (panels * per_panel + a.row_block) * panel;
 }
 
 inline int64_t block_scratch(const BlockArgs& a, int64_t panel) {

@@ -4,7 +4,8 @@
 #include "csr.inl"
 #include "sddmm.inl"
 #include "block.inl"
+#include "nm.inl"
 
 namespace sparsekern {
-const Kernels kernels_scalar = {"scalar", Vec::N, 4, kSddmmVectors, spmm, sddmm, fill_panel, spmv, block_spmm, block_spmv, block_sddmm};
+const Kernels kernels_scalar = {"scalar", Vec::N, 4, kSddmmVectors, spmm, sddmm, fill_panel, spmv, block_spmm, block_spmv, block_sddmm, nm_spmm, nm_spmv};
 }  // namespace sparsekern

@@ -59,9 +59,7 @@ def check_values(op, x, values):
     )
 
 
-def _linear_reference(
-    x, values, crow, col, bias, plan, plan_t, out_features, activation="none"
-):
+def _linear_reference(x, values, crow, col, bias, plan, plan_t, out_features, activation="none"):
     weight = blocks_to_dense(LINEAR, values, crow, col, out_features, x.shape[-1]).squeeze(2)
     return activate(torch.nn.functional.linear(x, weight, bias), activation, LINEAR).contiguous()
 

@@ -25,9 +25,7 @@ def _conv_reference(
     x, values, crow, col, bias, plan, plan_t, out_channels,
     kernel_size, stride, padding, dilation, groups, activation="none",
 ):  # fmt: skip
-    weight = _dense_weight(
-        CONV, values, crow, col, out_channels, x.shape[1], kernel_size, groups
-    )
+    weight = _dense_weight(CONV, values, crow, col, out_channels, x.shape[1], kernel_size, groups)
     y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return activate(y, activation, CONV).contiguous()
 
@@ -55,9 +53,7 @@ def _grad_input_reference(
     kernel_size, stride, padding, dilation, groups,
 ):  # fmt: skip
     op = "block_conv2d_grad_input"
-    weight = _dense_weight(
-        op, values, crow, col, grad.shape[1], channels, kernel_size, groups
-    )
+    weight = _dense_weight(op, values, crow, col, grad.shape[1], channels, kernel_size, groups)
     size = (grad.shape[0], channels, height, width)
     return torch.nn.grad.conv2d_input(
         size, weight, grad, stride, padding, dilation, groups
@@ -118,9 +114,7 @@ def _backward(ctx, grad):
             grad, values, crow, col, plan_t, *ctx.input_size, *ctx.geometry
         )
     if needs[1]:
-        grad_values = block_conv2d_grad_values(
-            grad, x, crow, col, plan, *ctx.block, *ctx.geometry
-        )
+        grad_values = block_conv2d_grad_values(grad, x, crow, col, plan, *ctx.block, *ctx.geometry)
     if needs[4]:
         grad_bias = grad.sum((0, 2, 3))
     return grad_x, grad_values, None, None, grad_bias, *[None] * 9
