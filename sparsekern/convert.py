@@ -110,7 +110,8 @@ def report(model: nn.Module) -> ConversionReport:
     rows = [
         LayerReport(
             site.name, site.kind, tuple(site.module.weight.shape), site.module.pattern,
-            site.module.sparsity, site.module.weight.format, None, None, None, "sparse layer, not timed",
+            site.module.sparsity, site.module.weight.format, None, None, None,
+            "sparse layer, not timed",
         )
         for site in find_sparse(model)
     ]  # fmt: skip

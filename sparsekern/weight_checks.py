@@ -98,6 +98,7 @@ def check_block(values: Tensor, crow: Tensor, col: Tensor, shape, groups: int = 
 
 
 def group_misfit(shape, block, groups: int) -> str:
+    """Say how blocks would reach over the edge of a group of a convolution; empty if not."""
     if groups == 1 or shape[0] // groups % block[0] == 0:
         return ""
     return f"{block[0]} rows in groups of {shape[0] // groups}"

@@ -188,7 +188,7 @@ class NMWeight(SparseWeight):
     Every group holds exactly N values; where a dense weight has fewer nonzeros, zeros are stored.
 
     Attributes:
-        values: Parameter `(out, slots)`; a row's slots count (group of M inputs, kernel position, N).
+        values: Parameter `(out, slots)`; slots count (group of M inputs, kernel position, N).
         index: Buffer `(out, bytes)` uint8: where in its group each value lies, slot by slot, 2 bits
             each if M <= 4, else 4, lowest bits first, every row from a byte of its own.
         n, m: Kept weights per group, and its size (at most 16).

@@ -30,8 +30,8 @@ void validate(const std::string& op, const BlockView& v) {
 }
 
 BlockView transposed_view(const BlockView& v) {
-  return {nullptr,  nullptr,    v.channels * v.groups, v.rows_per_group(), v.taps, v.groups,
-          v.n_blocks, v.block_cols, v.block_rows};
+  return {nullptr,  nullptr,    v.channels * v.groups, v.rows_per_group(), v.taps,
+          v.groups, v.n_blocks, v.block_cols,          v.block_rows};
 }
 
 std::vector<int32_t> build_block_transposed(const BlockView& v) {
@@ -224,8 +224,8 @@ void run_block_sddmm(const BlockView& v, const Operands& o, const Source& grad, 
                        std::min(v.channel_blocks(), first + chunk),
                        o.tokens,
                        nullptr};
-      a.scratch = thread_scratch(kTaskScratch,
-                                 chunk * v.block_cols * v.taps * panel + 2 * per_group + 64);
+      a.scratch =
+          thread_scratch(kTaskScratch, chunk * v.block_cols * v.taps * panel + 2 * per_group + 64);
       kernels().block_sddmm(a);
     }
   });

@@ -35,8 +35,8 @@ void check_block_plan(const std::string& op, const BlockPattern& p,
 // The plan of this pattern; checks every index.
 std::vector<int32_t> make_block_plan(const std::string& op, const BlockPattern& p);
 
-// The pattern of the input gradient: rows are the channels of all groups, blocks are turned. Block i
-// of it is block perm[i] of the original.
+// The pattern of the input gradient: rows are the channels of all groups, blocks are turned. Block
+// i of it is block perm[i] of the original.
 struct BlockTransposed {
   Tensor given;
   std::vector<int32_t> own;

@@ -111,12 +111,11 @@ void block_panel(const BlockArgs& a, int64_t t0, int64_t t1) {
         next[b - b0] = end;
         if (end == begin && k) continue;
         const int64_t row = (b - b0) * v.block_rows;
-        block_rows_of<kRows, R>(
-            v,
-            {a.values + begin * v.block_rows * v.block_cols, v.col + begin, end - begin,
-             panel - c0 * P, sums + row * P, a.bias ? a.bias + row0 + row : nullptr, k == 0,
-             rows - row},
-            v.block_rows);
+        block_rows_of<kRows, R>(v,
+                                {a.values + begin * v.block_rows * v.block_cols, v.col + begin,
+                                 end - begin, panel - c0 * P, sums + row * P,
+                                 a.bias ? a.bias + row0 + row : nullptr, k == 0, rows - row},
+                                v.block_rows);
       }
     }
     store_rows<R>(out, sums, row0, rows, t0, t1 - t0);
@@ -153,8 +152,7 @@ SK_INLINE void block_dot(const BlockView& view, const float* values, int64_t beg
     for (; k + Vec::N <= c.count; k += Vec::N) {
       const Vec xv = Vec::load(xs + k);
 #pragma GCC unroll 16
-      for (int u = 0; u < U; ++u)
-        acc[u] = fma(Vec::load(v + u * view.block_cols + k), xv, acc[u]);
+      for (int u = 0; u < U; ++u) acc[u] = fma(Vec::load(v + u * view.block_cols + k), xv, acc[u]);
     }
     if (k == c.count) continue;
     const Vec xv = Vec::load(xs + k, c.count - k);

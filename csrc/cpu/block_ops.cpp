@@ -1,5 +1,5 @@
-// CPU registrations of the block ops. The schemas, fakes and gradients are in sparsekern/ops/block.py
-// and block_conv.py.
+// CPU registrations of the block ops. The schemas, fakes and gradients are in
+// sparsekern/ops/block.py and block_conv.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -60,8 +60,8 @@ Tensor block_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& cro
   if (tokens <= spmv_tokens(p.view))
     spmv_rows(p.view, v, matrix.data, data_or_null(b), act, sink.data, tokens);
   else
-    run_block_spmm(
-        p.view, {v, nullptr, data_or_null(b), act, {&matrix, nullptr}, sink, tokens, 1, 0});
+    run_block_spmm(p.view,
+                   {v, nullptr, data_or_null(b), act, {&matrix, nullptr}, sink, tokens, 1, 0});
   return to_dtype(y, x.scalar_type());
 }
 
@@ -72,8 +72,8 @@ Tensor block_linear_grad_input_cpu(const Tensor& grad, const Tensor& values, con
   check_operand(op, "grad", grad, grad);
   check_block_values(op, values, grad, col);
   const int64_t rows = grad.size(grad.dim() - 1), tokens = tokens_of(grad);
-  const BlockPattern p = check_block_pattern(
-      op, crow, col, {rows, in_features, values.size(1), values.size(2), 1, 1});
+  const BlockPattern p =
+      check_block_pattern(op, crow, col, {rows, in_features, values.size(1), values.size(2), 1, 1});
   const BlockTransposed t = get_block_transposed(op, p, plan_t);
   const ScalarType type = compute_type(grad);
   const Tensor gc = as_contiguous(grad, type), vc = as_contiguous(values, type);
@@ -117,15 +117,13 @@ Tensor block_linear_grad_values_cpu(const Tensor& grad, const Tensor& x, const T
   const Tensor gc = as_contiguous(grad, type), xc = as_contiguous(x, type);
   const Tensor out = empty_tensor({p.view.n_blocks, block_rows, block_cols}, type);
   if (type == ScalarType::Double) {
-    block_sddmm_reference(p.view, {xc.const_data_ptr<double>(), cols},
-                          {nullptr, true, rows, 0, 0}, gc.const_data_ptr<double>(),
-                          out.mutable_data_ptr<double>(), tokens);
+    block_sddmm_reference(p.view, {xc.const_data_ptr<double>(), cols}, {nullptr, true, rows, 0, 0},
+                          gc.const_data_ptr<double>(), out.mutable_data_ptr<double>(), tokens);
     return out;
   }
   const MatrixSource matrix{xc.const_data_ptr<float>(), cols};
   const MatrixSource grad_matrix{gc.const_data_ptr<float>(), rows};
-  run_block_sddmm(p.view,
-                  {nullptr, nullptr, nullptr, kNone, {&matrix, nullptr}, {}, tokens, 1, 0},
+  run_block_sddmm(p.view, {nullptr, nullptr, nullptr, kNone, {&matrix, nullptr}, {}, tokens, 1, 0},
                   {&grad_matrix, nullptr}, out.mutable_data_ptr<float>());
   return to_dtype(out, x.scalar_type());
 }
@@ -239,8 +237,7 @@ Tensor block_conv2d_grad_values_cpu(const Tensor& grad, const Tensor& x, const T
   const Conv c = make_conv(op, x.size(0), x.size(1), x.size(2), x.size(3), grad.size(1), kernel,
                            stride, padding, dilation, groups);
   check_grad(op, grad, c);
-  const BlockPattern p =
-      check_block_pattern(op, crow, col, block_shape(c, block_rows, block_cols));
+  const BlockPattern p = check_block_pattern(op, crow, col, block_shape(c, block_rows, block_cols));
   check_block_plan(op, p, plan);
   const ScalarType type = compute_type(x);
   const Tensor gc = as_contiguous(grad, type), xc = as_contiguous(x, type);
@@ -275,10 +272,10 @@ Tensor block_plan_cpu(const Tensor& crow, const Tensor& col, int64_t rows, int64
                       int64_t block_rows, int64_t block_cols, int64_t groups, int64_t taps,
                       bool transpose) {
   const std::string op = "block_plan";
-  const BlockPattern p = check_block_pattern(op, crow, col,
-                                             {rows, channels, block_rows, block_cols, groups, taps});
-  const std::vector<int32_t> own = transpose ? get_block_transposed(op, p, std::nullopt).own
-                                             : make_block_plan(op, p);
+  const BlockPattern p =
+      check_block_pattern(op, crow, col, {rows, channels, block_rows, block_cols, groups, taps});
+  const std::vector<int32_t> own =
+      transpose ? get_block_transposed(op, p, std::nullopt).own : make_block_plan(op, p);
   const Tensor out = empty_tensor({static_cast<int64_t>(own.size())}, ScalarType::Int);
   std::copy(own.begin(), own.end(), out.mutable_data_ptr<int32_t>());
   return out;

@@ -1,4 +1,5 @@
-// The geometry of a convolution and its padded images, shared by the convolution ops of all formats.
+// The geometry of a convolution and its padded images, shared by the convolution ops of all
+// formats.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -60,7 +61,7 @@ struct Planes {
 constexpr int64_t kSlack = 16;
 
 inline void make_planes(const Tensor& image, int64_t images, int64_t channels, const Axis& y,
-                 const Axis& x, ScratchSlot slot, Planes* p) {
+                        const Axis& x, ScratchSlot slot, Planes* p) {
   p->layout = plane_layout(y, x);
   const bool plain = is_plain(y, x);
   const int64_t taps = static_cast<int64_t>(p->layout.tap_offset.size());
@@ -84,7 +85,7 @@ inline void make_planes(const Tensor& image, int64_t images, int64_t channels, c
 }
 
 inline void check_pair(const std::string& op, const char* name, const std::vector<int64_t>& v,
-                int64_t least) {
+                       int64_t least) {
   if (v.size() != 2 || v[0] < least || v[1] < least) {
     std::string have;
     for (int64_t i : v) have += (have.empty() ? "" : ", ") + std::to_string(i);
@@ -93,9 +94,9 @@ inline void check_pair(const std::string& op, const char* name, const std::vecto
 }
 
 inline Conv make_conv(const std::string& op, int64_t images, int64_t in_channels, int64_t height,
-               int64_t width, int64_t rows, const std::vector<int64_t>& kernel,
-               const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-               const std::vector<int64_t>& dilation, int64_t groups) {
+                      int64_t width, int64_t rows, const std::vector<int64_t>& kernel,
+                      const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                      const std::vector<int64_t>& dilation, int64_t groups) {
   check_pair(op, "kernel_size", kernel, 1);
   check_pair(op, "stride", stride, 1);
   check_pair(op, "padding", padding, 0);

@@ -99,7 +99,7 @@ Source shifted(const Source& s, ImageSource* image, int64_t channels);
 
 // Bias of the right size and dtype, contiguous in the type that is computed in.
 inline std::optional<Tensor> check_bias(const std::string& op, const std::optional<Tensor>& bias,
-                                 const Tensor& x, int64_t rows, const char* what) {
+                                        const Tensor& x, int64_t rows, const char* what) {
   if (!bias) return std::nullopt;
   check_operand(op, "bias", *bias, x);
   check_dim(op, "bias", *bias, 1);

@@ -124,10 +124,10 @@ struct BlockArgs {
   Sink sink;
   int64_t begin, end;  // rows of blocks, all of one group
   int64_t token_begin, token_end;
-  int64_t vectors;         // vectors of tokens per panel: 1, 2, 4 or 8
-  int64_t channel_blocks;  // per panel, so that it stays in the cache
-  int64_t row_blocks;      // rows of blocks whose sums are kept at once
-  float* scratch;          // block_scratch() floats, 64-byte aligned
+  int64_t vectors;          // vectors of tokens per panel: 1, 2, 4 or 8
+  int64_t channel_blocks;   // per panel, so that it stays in the cache
+  int64_t row_blocks;       // rows of blocks whose sums are kept at once
+  float* scratch;           // block_scratch() floats, 64-byte aligned
   int64_t panels() const {  // at least one, which starts the sums
     const int64_t n = (view.channel_blocks() + channel_blocks - 1) / channel_blocks;
     return n > 1 ? n : 1;
@@ -166,9 +166,9 @@ struct NmView {
 
 struct NmArgs {
   NmView view;
-  const uint16_t* offset;  // (rows, slots()), column counted from the first one of its panel
+  const uint16_t* offset;  // (panels, rows, slots of a panel): column of a slot within its panel
   const float* values;     // (rows, slots())
-  const float* bias;    // (rows,) or null
+  const float* bias;       // (rows,) or null
   Activation activation;
   Source source;
   Sink sink;

@@ -7,5 +7,7 @@
 #include "nm.inl"
 
 namespace sparsekern {
-const Kernels kernels_scalar = {"scalar", Vec::N, 4, kSddmmVectors, spmm, sddmm, fill_panel, spmv, block_spmm, block_spmv, block_sddmm, nm_spmm, nm_spmv};
+const Kernels kernels_scalar = {"scalar",    Vec::N,     4,      kSddmmVectors, spmm,
+                                sddmm,       fill_panel, spmv,   block_spmm,    block_spmv,
+                                block_sddmm, nm_spmm,    nm_spmv};
 }  // namespace sparsekern

@@ -11,9 +11,7 @@ constexpr int32_t kNmTwinMagic = 0x534b4f31;  // "SKO1"
 
 // Measured in bench/NOTES.md: a panel of this many columns and 8 vectors stays in an L1 cache of
 // 32 KB beside the values, and the sums of the rows in the L2 cache.
-static int E(const char*n,int d){const char*e=getenv(n);return e?atoi(e):d;}
-#define kNmPanelCols E("SKC",64)
-#define kNmVectors E("SKV",8)
+constexpr int64_t kNmPanelCols = 64, kNmVectors = 8;
 constexpr int64_t kNmRowsKept = 512;
 
 std::vector<int32_t> plan_header(const NmView& v, int32_t magic) {
@@ -131,7 +129,9 @@ NmPlan get_nm_plan(const std::string& op, const NmPattern& p, const std::optiona
   std::vector<int32_t> header = plan_header(v, kNmMagic);
   const int64_t panel_cols = panel_groups(v) * v.m * v.taps;
   header[kPlanHeader - 1] = static_cast<int32_t>(panel_cols);
-  const int64_t size = kPlanHeader + (v.rows * v.slots() + 1) / 2;
+  const int64_t step = panel_groups(v) * v.taps * v.n;
+  const int64_t panels = (v.slots() + step - 1) / step;
+  const int64_t size = kPlanHeader + (panels * v.rows * step + 1) / 2;
   NmPlan h;
   const int32_t* data;
   if (plan && plan->numel() > 0) {
@@ -144,8 +144,10 @@ NmPlan get_nm_plan(const std::string& op, const NmPattern& p, const std::optiona
     h.own = header;
     h.own.resize(size);
     uint16_t* offset = reinterpret_cast<uint16_t*>(h.own.data() + kPlanHeader);
-    for_each_value(v, [&](int64_t, int64_t column, int64_t slot) {
-      offset[slot] = static_cast<uint16_t>(column % panel_cols);
+    for_each_value(v, [&](int64_t row, int64_t column, int64_t slot) {
+      const int64_t at = slot - row * v.slots();
+      offset[(at / step * v.rows + row) * step + at % step] =
+          static_cast<uint16_t>(column % panel_cols);
     });
     data = h.own.data();
   }

@@ -48,8 +48,8 @@ NmTwin get_nm_twin(const std::string& op, const NmPattern& p, const std::optiona
 // out = act(values * source + bias), split over threads.
 void run_nm_spmm(const NmView& view, const uint16_t* offset, const Operands& operands);
 
-// float64 by plain loops. `source.channel0` is set for each group. The input gradient walks from the
-// output (`source`) to the input (`sink`).
+// float64 by plain loops. `source.channel0` is set for each group. The input gradient walks from
+// the output (`source`) to the input (`sink`).
 void nm_spmm_reference(const NmView& view, const double* values, const double* bias,
                        Activation activation, ReferenceSource source, const Sink& sink, double* out,
                        int64_t tokens);

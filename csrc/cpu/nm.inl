@@ -4,26 +4,29 @@
 namespace sparsekern {
 namespace {
 
-// Adds U rows' products over slots [begin, end), whose columns lie in one panel.
+constexpr int64_t kRowsAhead = 8;  // of the values, which lie a whole row apart
+
+// Adds U rows' products over slots [begin, end), whose columns lie in one panel; `offsets` are that
+// panel's, `step` apart for each row.
 template <int U, int R>
-SK_INLINE void nm_rows(const NmArgs& a, int64_t row, int64_t begin, int64_t end, const float* panel,
-                       float* sums) {
+SK_INLINE void nm_rows(const NmArgs& a, const uint16_t* offsets, int64_t step, int64_t row,
+                       int64_t begin, int64_t end, const float* panel, float* sums) {
   constexpr int64_t P = R * Vec::N;
   const uint16_t* offset[U];
   const float* v[U];
   Vec acc[U][R];
   for (int u = 0; u < U; ++u) {
-    offset[u] = a.offset + (row + u) * a.view.slots();
-    v[u] = a.values + (row + u) * a.view.slots();
+    offset[u] = offsets + (row + u) * step;
+    v[u] = a.values + (row + u) * a.view.slots() + begin;
     for (int j = 0; j < R; ++j)
       acc[u][j] = begin == 0 ? Vec::set(a.bias ? a.bias[row + u] : 0.f)
                              : Vec::load(sums + u * P + j * Vec::N);
   }
-  for (int64_t slot = begin; slot < end; ++slot) {
+  for (int64_t i = 0; i < end - begin; ++i) {
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) {
-      const Vec w = Vec::set(v[u][slot]);
-      const float* x = panel + offset[u][slot] * P;
+      const Vec w = Vec::set(v[u][i]);
+      const float* x = panel + offset[u][i] * P;
       asm("" : "+r"(x));  // one address for all vectors, not an index in every load
 #pragma GCC unroll 8
       for (int j = 0; j < R; ++j) acc[u][j] = fma(w, Vec::load(x + j * Vec::N), acc[u][j]);
@@ -53,14 +56,17 @@ void nm_panel(const NmArgs& a, int64_t t0, int64_t t1) {
       const int64_t g0 = k * a.channel_groups;
       const int64_t g1 = g0 + a.channel_groups < groups ? g0 + a.channel_groups : groups;
       const int64_t begin = g0 * v.taps * v.n, end = g1 * v.taps * v.n;
+      const int64_t step = a.channel_groups * v.taps * v.n;
+      const uint16_t* offsets = a.offset + k * v.rows * step;
       int64_t r = r0;
       for (; r + U <= r1; r += U) {
         for (int u = 0; u < U; ++u)  // the values of a panel are short stretches, a row apart
           for (int64_t i = begin; i < end; i += 16)
-            __builtin_prefetch(a.values + (r + 2 * U + u) * v.slots() + i);
-        nm_rows<U, R>(a, r, begin, end, panel, sums + (r - r0) * P);
+            __builtin_prefetch(a.values + (r + kRowsAhead * U + u) * v.slots() + i);
+        nm_rows<U, R>(a, offsets, step, r, begin, end, panel, sums + (r - r0) * P);
       }
-      for (; r < r1; ++r) nm_rows<1, R>(a, r, begin, end, panel, sums + (r - r0) * P);
+      for (; r < r1; ++r)
+        nm_rows<1, R>(a, offsets, step, r, begin, end, panel, sums + (r - r0) * P);
     }
     store_rows<R>(out, sums, r0, r1 - r0, t0, t1 - t0);
   }

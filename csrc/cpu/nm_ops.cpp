@@ -1,5 +1,5 @@
-// CPU registrations of the N:M ops. The schemas, fakes and gradients are in sparsekern/ops/nm.py and
-// nm_conv.py.
+// CPU registrations of the N:M ops. The schemas, fakes and gradients are in sparsekern/ops/nm.py
+// and nm_conv.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -19,8 +19,7 @@ void spmv_rows(const NmView& v, const float* values, const float* x, const float
     NmArgs a{};
     a.view = v, a.values = values, a.bias = bias, a.activation = activation;
     a.row_begin = begin, a.row_end = end;
-    for (int64_t t = 0; t < tokens; ++t)
-      kernels().nm_spmv(a, x + t * v.channels, y + t * v.rows);
+    for (int64_t t = 0; t < tokens; ++t) kernels().nm_spmv(a, x + t * v.channels, y + t * v.rows);
   });
 }
 
@@ -56,8 +55,7 @@ Tensor nm_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& index,
   const MatrixSource matrix{xc.const_data_ptr<float>(), cols};
   const float* w = vc.const_data_ptr<float>();
   sink.data = y.mutable_data_ptr<float>();
-  if (tokens <= kSpmvTokens)
-    spmv_rows(v, w, matrix.data, data_or_null(b), act, sink.data, tokens);
+  if (tokens <= kSpmvTokens) spmv_rows(v, w, matrix.data, data_or_null(b), act, sink.data, tokens);
   else
     run_nm_spmm(v, holder.offset,
                 {w, nullptr, data_or_null(b), act, {&matrix, nullptr}, sink, tokens, 1, 0});
@@ -162,15 +160,16 @@ Tensor nm_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& index,
   Planes planes;
   make_planes(xc, c.images, c.in_channels, c.forward_y(), c.forward_x(), kPlanes, &planes);
   sink.data = y.mutable_data_ptr<float>();
-  run_nm_spmm(p.view, holder.offset, {vc.const_data_ptr<float>(),
-                       nullptr,
-                       data_or_null(b),
-                       act,
-                       {nullptr, &planes.source},
-                       sink,
-                       tokens,
-                       groups,
-                       c.in_per_group()});
+  run_nm_spmm(p.view, holder.offset,
+              {vc.const_data_ptr<float>(),
+               nullptr,
+               data_or_null(b),
+               act,
+               {nullptr, &planes.source},
+               sink,
+               tokens,
+               groups,
+               c.in_per_group()});
   return to_dtype(y, x.scalar_type());
 }
 
