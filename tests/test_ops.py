@@ -156,6 +156,7 @@ def test_opcheck_of_the_gradient_ops_of_blocks_and_nm():
     [("csr_linear", 6), ("csr_linear", 10), ("block_linear", 6), ("nm_linear", 6)],
 )
 def test_compile_fullgraph_with_dynamic_tokens(name, index):
+    torch._dynamo.reset()  # the cases share one code object, whose recompilations are counted
     sample = SAMPLES[name][index]
     _, *rest = sample.build(torch.float32)
 
@@ -228,7 +229,9 @@ def test_nan_and_inf_stay_in_their_columns(tokens, format, pattern, isa):
     x[0, 79 if format == "block" else 3] = math.nan  # no row of the block or slot holds it
     x[0, 32] = math.inf
     y = layer(x)[0]
-    assert bool((y[:16] == math.inf).all()) and bool(y[16:].isfinite().all())
+    assert bool((y[:16] == math.inf).all())
+    # N:M stores N values in every group, zeros where there is nothing else: 0 * inf, as in dense
+    assert bool(y[16:].isfinite().all() if format == "block" else y[16:].isnan().all())
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,9 +1,9 @@
 """nm_linear: y = act(x W^T + b) where W keeps n of every m columns, and its two gradients.
 
 Shapes: x (..., in), values (out, slots) with slots = groups of columns * n, index (out, bytes)
-uint8, bias (out,). The index holds, slot by slot, where in its group a value lies: 2 bits each if m <= 4,
-else 4 bits, lowest bits first, each row from a byte of its own. Positions rise inside a group. The
-last group may be shorter, but not shorter than n. 1 <= n < m <= 16.
+uint8, bias (out,). The index holds, slot by slot, where in its group a value lies: 2 bits each if
+m <= 4, else 4 bits, lowest bits first, each row from a byte of its own. Positions rise inside a
+group. The last group may be shorter, but not shorter than n. 1 <= n < m <= 16.
 
 `plan` (vouches for the index) and `plan_t` (the same weight as CSR with its schedules, which the
 gradients run on) are made by nm_plan; without them the ops make their own on each call.

@@ -1,8 +1,8 @@
 """nm_conv2d: convolution whose weight keeps n of every m input channels at each kernel position.
 
 Shapes: x (n, in, h, w), the weight (out, in / groups, kh, kw) as values (out, slots), where slots
-count (group of m input channels, kernel position, n), and index as in nm_linear; bias (out,). The result
-is contiguous (n, out, oh, ow). Geometry as nn.Conv2d defines it.
+count (group of m input channels, kernel position, n), and index as in nm_linear; bias (out,). The
+result is contiguous (n, out, oh, ow). Geometry as nn.Conv2d defines it.
 """
 
 import torch
