@@ -28,6 +28,7 @@ inline std::string dtype_name(ScalarType t) {
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     case ScalarType::Char: return "int8";
+    case ScalarType::Byte: return "uint8";
     case ScalarType::Bool: return "bool";
     default: return "dtype number " + std::to_string(static_cast<int>(t));
   }

@@ -24,7 +24,7 @@ from .prune import (
     slimming_penalty,
 )
 from .storage import load, save
-from .weights import CSRWeight
+from .weights import BlockWeight, CSRWeight, NMWeight
 
 __version__ = "0.1.0"
 __all__ = [
@@ -53,7 +53,9 @@ __all__ = [
     "doctor",
     "SparseLinear",
     "SparseConv2d",
+    "BlockWeight",
     "CSRWeight",
+    "NMWeight",
     "patterns",
     "cpu_isa",
     "available_isas",

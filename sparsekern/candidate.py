@@ -23,6 +23,7 @@ class Candidate:
     sites: list[Site]
     sparsity: float = 0.0
     pattern: str = "unstructured"
+    format: str = "csr"
     sparse: list[nn.Module] = field(default_factory=list)
     fused: list[tuple[Slot, FusedActivation]] = field(default_factory=list)
     dense_ms: float | None = None

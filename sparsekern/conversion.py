@@ -21,7 +21,7 @@ class LayerReport:
         shape: Shape of the dense weight.
         pattern: Pattern of the zeros.
         sparsity: Share of zeros.
-        format: `csr` when sparse, `dense` when left dense.
+        format: `csr`, `block` or `nm` when sparse, `dense` when left dense.
         dense_ms: Time of the dense layer at the shapes seen, all its calls in one run of the model;
             None when not timed.
         sparse_ms: The same for the sparse layer.
@@ -136,7 +136,8 @@ def report(model: nn.Module) -> ConversionReport:
     rows = [
         LayerReport(
             site.name, site.kind, tuple(site.module.weight.shape), site.module.pattern,
-            site.module.sparsity, "csr", None, None, None, "sparse layer, not timed",
+            site.module.sparsity, site.module.weight.format, None, None, None,
+            "sparse layer, not timed",
             site.module.activation,
         )
         for site in find_sparse(model)

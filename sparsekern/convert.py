@@ -18,7 +18,7 @@ from .patterns import detect
 from .pool import ChannelsLastMaxPool2d, faster_pools
 from .sites import find_sites, group_tied
 from .tune import MIN_GAIN, InputSpec, TuningCache, layer_key, time_layer
-from .weights import CSRWeight
+from .weights import FORMATS, fitting_formats
 
 WORTH_TIMING = 0.3  # fewer zeros than this cannot win in any kernel we have
 # Without example inputs nothing can be timed; these are the crossovers of the README's table for
@@ -232,18 +232,33 @@ def _decide(job: _Job, candidate: Candidate) -> None:
     elif not any(id(s.module) in job.specs for s in candidate.sites):
         candidate.reason = "not called in the run of example_inputs"
         return
-    candidate.sparse = _build(job, candidate)
-    if job.specs is not None:
-        _time(job, candidate)
-        gain = candidate.dense_ms / candidate.sparse_ms
-        candidate.take = gain >= job.min_gain
-        candidate.reason = f"{'faster' if candidate.take else 'not faster'}: {gain:.2f}x"
+    shape, groups = site.weight.shape, getattr(site.module, "groups", 1)
+    formats = fitting_formats(candidate.pattern, shape, groups)
+    if job.specs is None:
+        candidate.format = formats[0]
+        candidate.sparse = _build(job, candidate, candidate.format)
+        return
+    for name in formats:
+        _try_format(job, candidate, name)
+    gain = candidate.dense_ms / candidate.sparse_ms
+    candidate.take = gain >= job.min_gain
+    candidate.reason = f"{'faster' if candidate.take else 'not faster'}: {gain:.2f}x"
 
 
-def _build(job: _Job, candidate: Candidate) -> list[nn.Module]:
-    """Sparse twins around one shared weight."""
+def _try_format(job: _Job, candidate: Candidate, name: str) -> None:
+    """Time one format; the candidate keeps the fastest one so far."""
+    sparse = _build(job, candidate, name)
+    dense_ms, sparse_ms, error = _time(job, candidate.sites, sparse)
+    before = candidate.sparse_ms
+    if before is None or sparse_ms / dense_ms < before / candidate.dense_ms:
+        candidate.format, candidate.sparse = name, sparse
+        candidate.dense_ms, candidate.sparse_ms, candidate.error = dense_ms, sparse_ms, error
+
+
+def _build(job: _Job, candidate: Candidate, name: str) -> list[nn.Module]:
+    """Sparse twins around one shared weight of a format."""
     first = candidate.sites[0]
-    weight = CSRWeight.from_dense(
+    weight = FORMATS[name].from_dense(
         first.weight, pattern=candidate.pattern, groups=getattr(first.module, "groups", 1)
     )
     weight.values.requires_grad_(first.module.weight.requires_grad)
@@ -256,11 +271,14 @@ def _build(job: _Job, candidate: Candidate) -> list[nn.Module]:
     ]
 
 
-def _time(job: _Job, candidate: Candidate) -> None:
-    """Dense layer (and the activation that may be fused) against the sparse layer."""
+def _time(job: _Job, sites, twins) -> tuple[float, float, float]:
+    """Milliseconds dense and sparse at the inputs seen, and the largest difference.
+
+    Dense is the layer with the activation that may be fused.
+    """
     training = job.mode == "training"
     dense_ms = sparse_ms = error = 0.0
-    for site, twin in zip(candidate.sites, candidate.sparse, strict=True):
+    for site, twin in zip(sites, twins, strict=True):
         dense, sparse = site.module, twin
         if site.module in job.planned:  # as they hang in the model, with an nn.Identity left behind
             dense = nn.Sequential(dense, job.activations.module_after(dense))
@@ -274,7 +292,7 @@ def _time(job: _Job, candidate: Candidate) -> None:
             dense_ms += count * times[0]
             sparse_ms += count * times[1]
             error = max(error, _difference(dense, sparse, spec, twin.weight.device))
-    candidate.dense_ms, candidate.sparse_ms, candidate.error = dense_ms, sparse_ms, error
+    return dense_ms, sparse_ms, error
 
 
 def _difference(dense: nn.Module, sparse: nn.Module, spec: InputSpec, device) -> float:
@@ -341,7 +359,7 @@ def _describe(result: ConversionReport, job: _Job, candidates: list[Candidate]) 
 def _rows(candidate: Candidate) -> list[LayerReport]:
     row = LayerReport(
         name="", kind="", shape=(), pattern=candidate.pattern, sparsity=candidate.sparsity,
-        format="csr" if candidate.take else "dense", dense_ms=candidate.dense_ms,
+        format=candidate.format if candidate.take else "dense", dense_ms=candidate.dense_ms,
         sparse_ms=candidate.sparse_ms, max_error=candidate.error, reason=candidate.reason,
     )  # fmt: skip
     rows = [

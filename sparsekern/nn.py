@@ -6,43 +6,44 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from .patterns import NM, parse
+from .patterns import NM, detect, parse
 from .prune.targets import is_conv1d_of_transformers
-from .weights import CSRWeight
+from .weight_base import SparseWeight
+from .weights import FORMATS, check_format
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 
 
-def _random_weight(shape, groups, sparsity, pattern, device, dtype) -> CSRWeight:
+def _random_weight(op, shape, groups, sparsity, pattern, format, device, dtype) -> SparseWeight:
     """A random pattern with nn.Linear's initial values, scaled to the fan-in that is left.
 
     Uniform in +-1 / sqrt(kept weights per output), so that activations keep the variance that a
     dense layer would give them (Evci et al. 2022, "Gradient Flow in Sparse Neural Networks").
     """
     pattern = parse(pattern)
+    make = FORMATS[check_format(op, format, pattern, shape, groups)].from_dense
     if torch.device(device or torch.get_default_device()).type == "meta":
-        return _meta_weight(shape, groups, pattern, sparsity, dtype)
+        return _meta_weight(make, shape, groups, pattern, sparsity, dtype)
     mask = pattern.mask(torch.rand(shape, device=device), sparsity)
     fan_in = max(1.0, mask.sum().item() / max(1, shape[0]))
     dense = torch.empty(shape, device=device, dtype=dtype)
     dense.uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
-    return CSRWeight.from_dense(dense, mask, str(pattern), groups)
+    return make(dense, mask, str(pattern), groups)
 
 
-def _meta_weight(shape, groups, pattern, sparsity, dtype) -> CSRWeight:
+def _meta_weight(make, shape, groups, pattern, sparsity, dtype) -> SparseWeight:
     """Shapes without data; the exact count is that of the pattern on any scores."""
-    scores = torch.zeros(shape)
-    nnz = int(pattern.mask(scores, sparsity).sum())
-    crow = torch.empty(shape[0] + 1, dtype=torch.int32, device="meta")
-    col = torch.empty(nnz, dtype=torch.int32, device="meta")
-    values = torch.empty(nnz, dtype=dtype, device="meta")
-    return CSRWeight(values, crow, col, shape, str(pattern), groups)
+    scores = torch.zeros(shape, device="cpu")
+    weight = make(scores.to(dtype), pattern.mask(scores, sparsity), str(pattern), groups)
+    weight = weight.to("meta")
+    weight.plan = weight.plan.new_empty(0)  # one of the indices to come will be made by loading
+    return weight
 
 
 class _SparseLayer(nn.Module):
     """What both layers share: bias, activation, autocast, training preparation."""
 
-    weight: CSRWeight
+    weight: SparseWeight
 
     def _set_bias(self, bias: bool | Tensor | None, size: int, device, dtype) -> None:
         if isinstance(bias, Tensor):
@@ -101,6 +102,7 @@ class SparseLinear(_SparseLayer):
         bias: Whether to add b.
         sparsity: Share of zeros in [0, 1); the pattern is drawn at random. 2:4 and the like fix it.
         pattern: `unstructured`, `2:4`, `block:32x32`, ...; see `sparsekern.patterns.parse`.
+        format: `csr`, `block` or `nm`; `auto` takes the one that suits the pattern.
         activation: Fused into the kernel: `none`, `relu`, `gelu` (erf) or `gelu_tanh`.
         device: As in nn.Linear.
         dtype: float32, bfloat16 or float64.
@@ -116,6 +118,7 @@ class SparseLinear(_SparseLayer):
         *,
         sparsity: float | None = None,
         pattern="unstructured",
+        format: str = "auto",
         activation: str = "none",
         device=None,
         dtype=None,
@@ -132,13 +135,15 @@ class SparseLinear(_SparseLayer):
         if sparsity is None and not isinstance(parse(pattern), NM):
             sparsity = 0.9
         shape = (out_features, in_features)
-        self.weight = _random_weight(shape, 1, sparsity, pattern, device, dtype)
+        self.weight = _random_weight(
+            "SparseLinear", shape, 1, sparsity, pattern, format, device, dtype
+        )
         self._set_bias(bias, out_features, device, dtype)
         self._init_bias()
         self.prepare_training()
 
     @classmethod
-    def from_weight(cls, weight: CSRWeight, like: nn.Module, activation: str = "none"):
+    def from_weight(cls, weight: SparseWeight, like: nn.Module, activation: str = "none"):
         """A layer around an existing weight, with a copy of the bias of the linear layer `like`."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -151,16 +156,18 @@ class SparseLinear(_SparseLayer):
 
     @classmethod
     def from_dense(
-        cls, linear: nn.Module, *, sparsity: float | None = None, pattern=None, activation="none"
-    ) -> "SparseLinear":
+        cls, linear: nn.Module, *, sparsity: float | None = None, pattern=None,
+        format: str = "auto", activation: str = "none",
+    ) -> "SparseLinear":  # fmt: skip
         """Sparse twin of a linear layer (or of transformers' Conv1D).
 
         Without `sparsity` and `pattern` it keeps exactly the zeros that are there; with them it
-        prunes by magnitude first. The dense layer is not changed.
+        prunes by magnitude first. `format` as in the constructor; without a pattern `auto` looks
+        for one in the zeros. The dense layer is not changed.
         """
         transposed = is_conv1d_of_transformers(linear)  # GPT-2's layer stores (in, out)
         weight = linear.weight.detach().t() if transposed else linear.weight.detach()
-        sparse = _sparsify("SparseLinear.from_dense", weight, sparsity, pattern, 1)
+        sparse = _sparsify("SparseLinear.from_dense", weight, sparsity, pattern, format, 1)
         sparse.values.requires_grad_(linear.weight.requires_grad)
         return cls.from_weight(sparse, linear, activation)
 
@@ -208,6 +215,7 @@ class SparseConv2d(_SparseLayer):
         padding_mode: `zeros`, `reflect`, `replicate` or `circular`.
         sparsity: Share of zeros in [0, 1); the pattern is drawn at random.
         pattern: See `sparsekern.patterns.parse`.
+        format: `csr`, `block` or `nm`; `auto` takes the one that suits the pattern.
         activation: Fused: `none`, `relu`, `gelu` (erf) or `gelu_tanh`.
         device: As in nn.Conv2d.
         dtype: float32, bfloat16 or float64.
@@ -229,6 +237,7 @@ class SparseConv2d(_SparseLayer):
         *,
         sparsity: float | None = None,
         pattern="unstructured",
+        format: str = "auto",
         activation: str = "none",
         device=None,
         dtype=None,
@@ -244,7 +253,9 @@ class SparseConv2d(_SparseLayer):
         if sparsity is None and not isinstance(parse(pattern), NM):
             sparsity = 0.9
         shape = tuple(twin.weight.shape)
-        self.weight = _random_weight(shape, groups, sparsity, pattern, device, dtype)
+        self.weight = _random_weight(
+            "SparseConv2d", shape, groups, sparsity, pattern, format, device, dtype
+        )
         self._set_bias(bias, out_channels, device, dtype)
         self._init_bias()
         self.prepare_training()
@@ -262,17 +273,18 @@ class SparseConv2d(_SparseLayer):
 
     @classmethod
     def from_dense(
-        cls, conv: nn.Conv2d, *, sparsity: float | None = None, pattern=None, activation="none"
-    ) -> "SparseConv2d":
+        cls, conv: nn.Conv2d, *, sparsity: float | None = None, pattern=None,
+        format: str = "auto", activation: str = "none",
+    ) -> "SparseConv2d":  # fmt: skip
         """Sparse twin of a convolution; see `SparseLinear.from_dense`."""
         weight = _sparsify(
-            "SparseConv2d.from_dense", conv.weight.detach(), sparsity, pattern, conv.groups
+            "SparseConv2d.from_dense", conv.weight.detach(), sparsity, pattern, format, conv.groups
         )
         weight.values.requires_grad_(conv.weight.requires_grad)
         return cls.from_weight(weight, conv, activation)
 
     @classmethod
-    def from_weight(cls, weight: CSRWeight, like: nn.Conv2d, activation: str = "none"):
+    def from_weight(cls, weight: SparseWeight, like: nn.Conv2d, activation: str = "none"):
         """A layer around an existing weight, geometry and a copy of the bias from `like`."""
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -318,14 +330,16 @@ class SparseConv2d(_SparseLayer):
         )
 
 
-def _sparsify(op, weight, sparsity, pattern, groups) -> CSRWeight:
+def _sparsify(op, weight, sparsity, pattern, format, groups) -> SparseWeight:
     if sparsity is None and pattern is None:
-        return CSRWeight.from_dense(weight, groups=groups)
+        found = parse("unstructured") if format == "csr" else detect(weight)
+        make = FORMATS[check_format(op, format, found, weight.shape, groups)].from_dense
+        return make(weight, None, str(found), groups)
     parsed = parse(pattern or "unstructured")
     if sparsity is None and not isinstance(parsed, NM):
         raise ValueError(f"{op}: expected sparsity= with pattern {parsed}, got none")
-    mask = parsed.mask(weight.abs().float(), sparsity)
-    return CSRWeight.from_dense(weight, mask, str(parsed), groups)
+    make = FORMATS[check_format(op, format, parsed, weight.shape, groups)].from_dense
+    return make(weight, parsed.mask(weight.abs().float(), sparsity), str(parsed), groups)
 
 
 def _dense_twin(layer: _SparseLayer, dense: nn.Module, weight: Tensor) -> nn.Module:

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from .prune.targets import is_conv1d_of_transformers
 from .storage_codec import PARTS, check_header, decode, encode
 from .storage_folded import check_folded, folded_like, folded_names
-from .weights import CSRWeight
+from .weight_base import SparseWeight
+from .weight_checks import check_block
+from .weights import BlockWeight, NMWeight
 
 HEADER_KEY = "sparsekern"
 VERSION = 1
-CSR = PARTS["csr"]
 
 
 class LoadedKeys(NamedTuple):
@@ -37,27 +38,10 @@ class LoadedKeys(NamedTuple):
 
 
 @dataclass
-class _Sparse:
-    """A sparse weight as read from a file; the indices are checked."""
-
-    values: Tensor
-    crow: Tensor
-    col: Tensor
-    shape: torch.Size
-    pattern: str
-
-    def to_dense(self) -> Tensor:
-        flat = self.values.new_zeros(self.shape[0], self.shape[1:].numel())
-        rows = torch.arange(self.shape[0]).repeat_interleave(self.crow.diff().long())
-        flat[rows, self.col.long()] = self.values
-        return flat.view(self.shape)
-
-
-@dataclass
 class _File:
     """Stored tensors and sparse weights by name, further names of tied ones, folded names."""
 
-    entries: dict[str, "Tensor | _Sparse"] = field(default_factory=dict)
+    entries: dict[str, "Tensor | SparseWeight"] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
 
@@ -155,16 +139,16 @@ def _key(name: str, part: str) -> str:
     return f"{name}.{part}" if name else part
 
 
-def _sparse_weights(model: nn.Module) -> dict[str, CSRWeight]:
+def _sparse_weights(model: nn.Module) -> dict[str, SparseWeight]:
     """Every sparse weight under every name it goes by."""
     modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if isinstance(module, CSRWeight)}
+    return {name: module for name, module in modules if isinstance(module, SparseWeight)}
 
 
-def _targets(model: nn.Module) -> dict[str, "Tensor | CSRWeight"]:
+def _targets(model: nn.Module) -> dict[str, "Tensor | SparseWeight"]:
     """What a file can fill, by name: sparse weights, and all other parameters and buffers."""
     sparse = _sparse_weights(model)
-    covered = {_key(name, part) for name in sparse for part in ("values", "crow", "col")}
+    covered = {_key(name, part) for name, weight in sparse.items() for part in weight.parts}
     state = model.state_dict(keep_vars=True)
     return {**{k: v for k, v in state.items() if k not in covered}, **sparse}
 
@@ -179,7 +163,7 @@ def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict, dict[str, str]]
         original = first.setdefault(_identity(name, item), name)
         if original != name:
             aliases[name] = original
-        elif isinstance(item, CSRWeight):
+        elif isinstance(item, SparseWeight):
             layers[name], parts = encode(item)
             tensors.update({_key(name, part): t for part, t in parts.items()})
         else:
@@ -190,13 +174,13 @@ def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict, dict[str, str]]
 
 def _identity(name: str, item):
     """Equal for two names of the same memory; refuses what a file cannot hold."""
-    values = item.values if isinstance(item, CSRWeight) else item
+    values = item.values if isinstance(item, SparseWeight) else item
     if not isinstance(values, Tensor) or values.layout != torch.strided:
         got = values.layout if isinstance(values, Tensor) else type(values).__name__
         raise TypeError(f"save: expected {name!r} to be a dense tensor, got {got}")
     if values.is_meta:
         raise ValueError(f"save: expected {name!r} to hold data, got a tensor on the meta device")
-    if isinstance(item, CSRWeight) or values.numel() == 0:
+    if isinstance(item, SparseWeight) or values.numel() == 0:
         return id(item)
     return values.device, values.data_ptr(), values.dtype, values.shape, values.stride()
 
@@ -269,12 +253,12 @@ def _assemble(tensors: dict[str, Tensor], layers: dict, aliases: dict) -> dict:
             absent = [key for key in keys.values() if key not in tensors]
             if absent:
                 raise ValueError(f"it lacks {', '.join(absent)}")
-            csr = decode(header, {part: entries.pop(key) for part, key in keys.items()})
+            weight = decode(header, {part: entries.pop(key) for part, key in keys.items()})
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from error
         if name in entries:
             raise ValueError(f"layer {name!r} is there twice, dense and sparse")
-        entries[name] = _Sparse(*csr, torch.Size(header["shape"]), header["pattern"])
+        entries[name] = weight
     for alias, name in aliases.items():
         if not isinstance(name, str) or name not in entries or alias in entries:
             raise ValueError(f"alias {alias!r} refers to {name!r}")
@@ -283,7 +267,7 @@ def _assemble(tensors: dict[str, Tensor], layers: dict, aliases: dict) -> dict:
 
 def _refuse_meta(targets) -> None:
     for name, target in targets.items():
-        values = target.values if isinstance(target, CSRWeight) else target
+        values = target.values if isinstance(target, SparseWeight) else target
         if not isinstance(values, Tensor):
             raise TypeError(f"load: expected {name!r} to be a tensor, got {type(values).__name__}")
         if values.is_meta:
@@ -301,7 +285,7 @@ def _refuse_mismatches(model, path, targets, matched, keys: LoadedKeys | None) -
         problems += [f"{kind} key(s): {', '.join(map(repr, k))}." for kind, k in named if k]
     for name, entry in matched.items():
         found, wanted = tuple(entry.shape), tuple(targets[name].shape)
-        mixed = isinstance(entry, _Sparse) != isinstance(targets[name], CSRWeight)
+        mixed = isinstance(entry, SparseWeight) != isinstance(targets[name], SparseWeight)
         if mixed and _is_transposed(model, name):
             found = found[::-1]
         if found != wanted:
@@ -320,29 +304,47 @@ def _is_transposed(model: nn.Module, name: str) -> bool:
     return conv1d and attribute == "weight"
 
 
+@torch.no_grad()
 def _fitted(model: nn.Module, name: str, target, entry):
-    """The entry in the form of its target: a tensor, or the parts of a sparse weight."""
-    if isinstance(target, CSRWeight):
-        if isinstance(entry, _Sparse):
-            return entry
+    """The entry in the form of its target: a tensor, or a sparse weight of the same format."""
+    if isinstance(target, SparseWeight):
+        if isinstance(entry, SparseWeight):
+            return _recast(name, target, entry)
         dense = entry.t() if _is_transposed(model, name) else entry
         return _gather(name, target, dense)
-    if not isinstance(entry, _Sparse):
+    if not isinstance(entry, SparseWeight):
         return entry
     dense = entry.to_dense()
     return dense.t() if _is_transposed(model, name) else dense
 
 
-def _gather(name: str, weight: CSRWeight, dense: Tensor) -> _Sparse:
-    rows, col = weight.rows().cpu(), weight.col.cpu()
-    values = dense.reshape(dense.shape[0], -1)[rows, col.long()]
+def _recast(name: str, target: SparseWeight, entry: SparseWeight) -> SparseWeight:
+    """The entry in the format of the target, if that can hold it."""
+    try:
+        if target.format != entry.format:
+            own = isinstance(target, (BlockWeight, NMWeight))
+            pattern = target.pattern if own else entry.pattern
+            return type(target).from_dense(entry.to_dense(), entry.mask(), pattern, target.groups)
+        if isinstance(target, BlockWeight):
+            check_block(entry.values, *entry.indices(), target.shape, target.groups)
+        return entry
+    except ValueError as error:
+        raise ValueError(
+            f"load: expected a weight {name!r} that fits format {target.format} of the sparse "
+            f"layer, got one of pattern {entry.pattern} ({error})"
+        ) from error
+
+
+def _gather(name: str, weight: SparseWeight, dense: Tensor) -> SparseWeight:
+    values = weight.gather(dense.to(weight.device)).cpu()
     lost = int(dense.count_nonzero()) - int(values.count_nonzero())
     if lost:
         raise ValueError(
             f"load: expected the dense weight {name!r} to be zero outside the pattern of the "
             f"sparse layer, got {lost} nonzeros there; prune it first or load into a dense model"
         )
-    return _Sparse(values, weight.crow.cpu(), col, weight.shape, weight.pattern)
+    indices = (index.cpu() for index in weight.indices())
+    return type(weight)(values, *indices, weight.shape, weight.pattern, weight.groups, plans=False)
 
 
 def _check_ties(targets, ready) -> None:
@@ -353,7 +355,7 @@ def _check_ties(targets, ready) -> None:
         other = ready[original]
         if content is other:
             continue
-        names = CSR if isinstance(content, _Sparse) else ()
+        names = content.parts if isinstance(content, SparseWeight) else ()
         pairs = [(getattr(content, n), getattr(other, n)) for n in names] or [(content, other)]
         if not all(torch.equal(a, b) for a, b in pairs):
             raise ValueError(
@@ -369,10 +371,8 @@ def _apply(model: nn.Module, aliases: dict[str, str], targets, ready) -> None:
             _tie(model, alias, targets[alias], targets[name])
     for name, content in ready.items():
         target = targets[name]
-        if isinstance(content, _Sparse):
-            parts = {part: getattr(content, part) for part in CSR}
-            target.load_state_dict(parts)
-            target.pattern = content.pattern
+        if isinstance(content, SparseWeight):
+            target.take(content)
         else:
             target.copy_(content)
 
@@ -381,8 +381,8 @@ def _tie(model: nn.Module, alias: str, old, new) -> None:
     """Let `alias` mean the same parameter or sparse weight as another name, where kinds agree."""
     parent, _, attribute = alias.rpartition(".")
     owner = model.get_submodule(parent)
-    if isinstance(old, CSRWeight) and isinstance(new, CSRWeight):
-        if old.groups == new.groups:
+    if isinstance(old, SparseWeight) and isinstance(new, SparseWeight):
+        if (old.format, old.groups) == (new.format, new.groups):
             owner._modules[attribute] = new
     elif isinstance(old, nn.Parameter) and isinstance(new, nn.Parameter):
         if (old.dtype, old.device) == (new.dtype, new.device):

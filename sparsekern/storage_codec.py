@@ -1,17 +1,20 @@
-"""How a sparse weight lies in a file: `values`, plus its positions in the smaller of two codes.
+"""How a sparse weight lies in a file: `values`, plus its positions.
 
+A CSR weight takes the smaller of two codes:
 `csr`: `crow` (int32) and `col`, in the narrowest unsigned type that holds every column.
 `mask`: `mask`, one bit per weight of the dense shape, row-major, lowest bit first.
+The other formats are stored as they are, `block` and `nm` with the parts of their weights.
 """
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .patterns import parse
-from .weights import INT32_MAX, CSRWeight, check_csr
+from .patterns import NM, parse
+from .weight_base import INT32_MAX, SparseWeight
+from .weights import FORMATS, BlockWeight, CSRWeight, NMWeight
 
-PARTS = {"csr": ("values", "crow", "col"), "mask": ("values", "mask")}
+PARTS = {**{name: weight.parts for name, weight in FORMATS.items()}, "mask": ("values", "mask")}
 
 
 def column_dtype(cols: int) -> torch.dtype:
@@ -21,26 +24,32 @@ def column_dtype(cols: int) -> torch.dtype:
     return torch.uint16 if cols <= 2**16 else torch.int32
 
 
-def encode(weight: CSRWeight) -> tuple[dict, dict[str, Tensor]]:
+def encode(weight: SparseWeight) -> tuple[dict, dict[str, Tensor]]:
     """Describe a weight for the header, and give its tensors by part name, on the CPU.
 
     Returns:
         `{"shape", "pattern", "encoding"}` with plain values, and the parts that `PARTS` lists for
         the encoding; contiguous, in the dtype of the values for `values`.
     """
+    values = weight.values.detach().cpu().contiguous()
+    if isinstance(weight, CSRWeight):
+        encoding, parts = _encode_csr(weight)
+    else:
+        encoding, names = weight.format, weight.parts[1:]
+        parts = {n: t.cpu().contiguous() for n, t in zip(names, weight.indices(), strict=True)}
+    header = {"shape": list(weight.shape), "pattern": weight.pattern, "encoding": encoding}
+    return header, {"values": values, **parts}
+
+
+def _encode_csr(weight: CSRWeight) -> tuple[str, dict[str, Tensor]]:
     crow, col = weight.crow.cpu(), weight.col.cpu()
     rows, cols = weight.shape[0], weight.shape[1:].numel()
     narrow = column_dtype(cols)
     csr_bytes = 4 * crow.numel() + narrow.itemsize * col.numel()
-    mask_bytes = -(-rows * cols // 8)
-    values = weight.values.detach().cpu().contiguous()
-    if csr_bytes < mask_bytes:
-        encoding, parts = "csr", {"crow": crow.contiguous(), "col": col.to(narrow)}
-    else:
-        bits = np.packbits(weight.mask().cpu().view(-1).numpy(), bitorder="little")
-        encoding, parts = "mask", {"mask": torch.from_numpy(bits)}
-    header = {"shape": list(weight.shape), "pattern": weight.pattern, "encoding": encoding}
-    return header, {"values": values, **parts}
+    if csr_bytes < -(-rows * cols // 8):
+        return "csr", {"crow": crow.contiguous(), "col": col.to(narrow)}
+    bits = np.packbits(weight.mask().cpu().view(-1).numpy(), bitorder="little")
+    return "mask", {"mask": torch.from_numpy(bits)}
 
 
 def check_header(header) -> None:
@@ -57,11 +66,13 @@ def check_header(header) -> None:
         raise ValueError(f"expected encoding one of {', '.join(PARTS)}, got {encoding!r}")
     if not isinstance(header["pattern"], str):
         raise ValueError(f"expected the pattern as a string, got {header['pattern']!r}")
-    parse(header["pattern"])
+    pattern = parse(header["pattern"])
+    if encoding == "nm" and not isinstance(pattern, NM):
+        raise ValueError(f"expected an N:M pattern with encoding nm, got {header['pattern']!r}")
 
 
-def decode(header: dict, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Give (values, crow, col), canonical CSR with int32 indices, every index checked.
+def decode(header: dict, parts: dict[str, Tensor]) -> SparseWeight:
+    """Give the weight, every index checked, without schedules; groups are those of the target.
 
     Args:
         header: As `check_header` accepts it.
@@ -70,17 +81,20 @@ def decode(header: dict, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tens
     Raises:
         ValueError: A part has the wrong dtype or size, or an index is out of place.
     """
-    values = parts["values"]
-    if header["encoding"] == "mask":
-        crow, col = _from_mask(parts["mask"], header["shape"])
+    values, shape, encoding = parts["values"], header["shape"], header["encoding"]
+    names = [name for name in PARTS[encoding] if name != "values"]
+    if encoding in ("block", "nm"):
+        make = BlockWeight if encoding == "block" else NMWeight
+        return make(values, *(parts[n] for n in names), shape, header["pattern"], plans=False)
+    if encoding == "mask":
+        crow, col = _from_mask(parts["mask"], shape)
     else:
         crow, col = parts["crow"], parts["col"]
-        wanted = column_dtype(torch.Size(header["shape"][1:]).numel())
+        wanted = column_dtype(torch.Size(shape[1:]).numel())
         if col.dtype != wanted:
             raise ValueError(f"expected col of dtype {wanted}, got {col.dtype}")
         col = col.to(torch.int32)
-    check_csr(values, crow, col, header["shape"])
-    return values, crow, col
+    return CSRWeight(values, crow, col, shape, header["pattern"], plans=False)
 
 
 def _from_mask(mask: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:

@@ -168,6 +168,7 @@ def layer_key(layer: nn.Module, spec: InputSpec, training: bool) -> str:
     return repr(
         (
             type(layer).__name__, tuple(weight.shape), round(weight.sparsity, 2), weight.pattern,
+            weight.format,
             str(weight.values.dtype), geometry, layer.bias is not None, layer.activation,
             spec.shape, str(spec.dtype), spec.channels_last,
             "training" if training else "inference",

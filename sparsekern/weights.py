@@ -1,93 +1,40 @@
-"""Sparse weights: what a sparse layer stores and how it multiplies.
+"""Sparse weights by format: what a sparse layer stores and how it multiplies.
 
-A weight is a module with plain dense tensors, no tensor subclass and no sparse-layout tensor, so
-that optimizers, deepcopy, pickle, `.to()`, DDP and torch.compile work unaided. `values` is an
-ordinary parameter; the indices are buffers.
+`csr` takes any pattern, `block` those of blocks and vectors, `nm` those of N:M. `sparse_weight`
+picks the format that fits a pattern best.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .ops.block import block_linear, block_plan, blocks_to_dense, dense_to_blocks, split_blocks
+from .ops.block_conv import block_conv2d
 from .ops.conv import csr_conv2d
 from .ops.csr import csr_linear, csr_plan
-
-INT32_MAX = 2**31 - 1
-
-
-def _check(condition: bool, wanted: str, got) -> None:
-    if not condition:
-        raise ValueError(f"CSRWeight: expected {wanted}, got {got}")
-
-
-def check_csr(values: Tensor, crow: Tensor, col: Tensor, shape) -> None:
-    """Raise ValueError unless the parts are a canonical CSR of a weight of `shape`.
-
-    Args:
-        values: `(nnz,)`, floating point.
-        crow: `(rows + 1,)`, int32, from 0 to nnz, never falling; rows = shape[0].
-        col: `(nnz,)`, int32, strictly rising inside each row, in [0, product of shape[1:]).
-        shape: Shape of the dense weight, two or four dimensions.
-    """
-    _check(len(shape) in (2, 4), "a shape of 2 or 4 dimensions", tuple(shape))
-    rows, cols = shape[0], torch.Size(shape[1:]).numel()
-    _check(max(rows, cols) <= INT32_MAX, "sizes below 2^31", tuple(shape))
-    _check(
-        values.is_floating_point() and values.dim() == 1,
-        "values (nnz,) in floating point",
-        f"{values.dtype} of shape {tuple(values.shape)}",
-    )
-    for name, index in (("crow", crow), ("col", col)):
-        _check(
-            index.dtype == torch.int32 and index.dim() == 1,
-            f"{name} int32 with one dimension",
-            f"{index.dtype} of shape {tuple(index.shape)}",
-        )
-    nnz = values.numel()
-    _check(crow.numel() == rows + 1, f"crow of {rows + 1} entries (out + 1)", crow.numel())
-    _check(col.numel() == nnz, f"col of {nnz} entries like values", col.numel())
-    if values.is_meta:
-        return
-    first, last = int(crow[0]), int(crow[-1])
-    _check(first == 0 and last == nnz, f"crow from 0 to nnz = {nnz}", f"from {first} to {last}")
-    falling = int((crow[1:] < crow[:-1]).sum())
-    _check(falling == 0, "crow that never falls", f"{falling} falling steps")
-    if nnz:
-        low, high = int(col.min()), int(col.max())
-        _check(low >= 0 and high < cols, f"columns in [0, {cols})", f"[{low}, {high}]")
-        same_row = torch.ones(nnz, dtype=torch.bool, device=col.device)
-        starts = crow[:-1].long()
-        same_row[starts[starts < nnz]] = False
-        wrong = int(((col[1:] <= col[:-1]) & same_row[1:]).sum())
-        _check(wrong == 0, "columns that rise strictly inside each row", f"{wrong} that do not")
+from .ops.nm import nm_linear, nm_plan, nm_to_dense, pack_index, slot_columns
+from .ops.nm_conv import nm_conv2d
+from .patterns import NM, parse
+from .tiles import as_3d
+from .weight_base import SparseWeight, dense_weight
+from .weight_checks import block_misfit, check, check_block, check_csr, check_nm, nm_misfit
 
 
-class CSRWeight(nn.Module):
-    """The surviving weights of a layer in compressed sparse rows.
+class CSRWeight(SparseWeight):
+    """Weights in compressed sparse rows, for any pattern.
 
     Attributes:
         values: Parameter `(nnz,)`, row by row, columns rising.
         crow: Buffer `(out + 1,)` int32, where each row starts in `values`.
         col: Buffer `(nnz,)` int32, column of each value. A convolution weight
             `(out, in / groups, kh, kw)` counts over its last three dimensions flattened.
-        shape: Shape of the dense weight.
-        pattern: The pattern the nonzeros follow, as `sparsekern.patterns.parse` takes it.
-        groups: Groups of the convolution, 1 for a linear layer.
-        plan, plan_t: Schedules of the kernels, derived from the indices, not in the state_dict.
-            `plan_t` serves the input gradient and is made by `prepare_training`.
     """
 
-    def __init__(self, values, crow, col, shape, pattern="unstructured", groups=1):
-        super().__init__()
+    format = "csr"
+    parts = ("values", "crow", "col")
+
+    def __init__(self, values, crow, col, shape, pattern="unstructured", groups=1, plans=True):
         check_csr(values, crow, col, shape)
-        self.shape = torch.Size(shape)
-        self.pattern = str(pattern)
-        self.groups = groups
-        self.values = values if isinstance(values, nn.Parameter) else nn.Parameter(values)
-        self.register_buffer("crow", crow)
-        self.register_buffer("col", col)
-        self.register_buffer("plan", crow.new_empty(0), persistent=False)
-        self.register_buffer("plan_t", crow.new_empty(0), persistent=False)
-        self._make_plans(training=False)
+        self._set_up(shape, pattern, groups, plans, values, crow=crow, col=col)
 
     @classmethod
     def from_parts(cls, values, crow, col, shape, pattern="unstructured", groups=1) -> "CSRWeight":
@@ -104,118 +51,248 @@ class CSRWeight(nn.Module):
             pattern: Name of the pattern, recorded only.
             groups: Groups of the convolution.
         """
-        weight = weight.detach()
-        _check(weight.dim() in (2, 4), "a weight of 2 or 4 dimensions", tuple(weight.shape))
-        _check(weight.is_floating_point(), "a floating point weight", weight.dtype)
-        _check(weight.numel() <= INT32_MAX, "fewer than 2^31 weights", weight.numel())
-        if weight.is_meta:
-            raise ValueError("CSRWeight: expected a weight with data, got one on the meta device")
-        flat = weight.reshape(weight.shape[0], weight.shape[1:].numel())
-        kept = flat != 0 if mask is None else mask.reshape(flat.shape)
-        _check(kept.dtype == torch.bool, "a boolean mask", kept.dtype)
-        counts = kept.sum(1)
-        crow = torch.zeros(flat.shape[0] + 1, dtype=torch.int32, device=flat.device)
-        crow[1:] = counts.cumsum(0)
+        weight, kept = dense_weight(cls.__name__, weight, mask)
+        cols = weight.shape[1:].numel()
+        flat, kept = (t.reshape(weight.shape[0], cols) for t in (weight, kept))
         col = kept.nonzero()[:, 1].to(torch.int32)
-        return cls(flat[kept], crow, col, weight.shape, pattern, groups)
-
-    @property
-    def nnz(self) -> int:
-        """Number of stored values."""
-        return self.values.numel()
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the values; models that ask `layer.weight.dtype` get what they expect."""
-        return self.values.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the values."""
-        return self.values.device
-
-    @property
-    def taps(self) -> int:
-        """Kernel positions of a convolution, 1 for a linear layer."""
-        return self.shape[2:].numel()
-
-    @property
-    def sparsity(self) -> float:
-        """Share of weights that are not stored."""
-        total = self.shape.numel()
-        return 1 - self.nnz / total if total else 0.0
+        return cls(flat[kept], _row_starts(kept), col, weight.shape, pattern, groups)
 
     def rows(self) -> Tensor:
         """Row of each value, `(nnz,)` int64."""
         index = torch.arange(self.shape[0], device=self.crow.device)
         return torch.repeat_interleave(index, self.crow.diff().long())
 
-    def mask(self) -> Tensor:
-        """Boolean mask in the shape of the dense weight, True = stored."""
-        flat = torch.zeros(
-            self.shape[0], self.shape[1:].numel(), dtype=torch.bool, device=self.col.device
-        )
-        flat[self.rows(), self.col.long()] = True
-        return flat.view(self.shape)
+    def gather(self, dense: Tensor) -> Tensor:
+        """The values `(nnz,)` of a dense weight at the stored positions."""
+        return dense.reshape(self.shape[0], -1)[self.rows(), self.col.long()]
 
-    def to_dense(self) -> Tensor:
-        """The dense weight, zeros where nothing is stored; differentiable in `values`."""
-        flat = self.values.new_zeros(self.shape[0], self.shape[1:].numel())
-        return flat.index_put((self.rows(), self.col.long()), self.values).view(self.shape)
-
-    def prepare_training(self) -> "CSRWeight":
-        """Make the schedule of the input gradient once, instead of on every backward."""
-        self._make_plans(training=True)
-        return self
+    def _dense(self, values: Tensor) -> Tensor:
+        flat = values.new_zeros(self.shape[0], self.shape[1:].numel())
+        return flat.index_put((self.rows(), self.col.long()), values).view(self.shape)
 
     def linear(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """act(x W^T + b) for x `(..., in)`; bias `(out,)`."""
-        return csr_linear(x, *self._parts(bias), activation)
+        return csr_linear(x, *self._arguments(bias), activation)
 
     def conv2d(self, x, bias, stride, padding, dilation, activation: str) -> Tensor:
         """act(conv2d(x, W) + b) for x `(n, in, h, w)`; result contiguous `(n, out, oh, ow)`."""
         geometry = (self.shape[2:], stride, padding, dilation, self.groups)
-        return csr_conv2d(x, *self._parts(bias), *geometry, activation)
+        return csr_conv2d(x, *self._arguments(bias), *geometry, activation)
 
-    def _parts(self, bias):
+    def _arguments(self, bias):
         # Straight from the dicts: an attribute of a module costs 0.4 us, a small layer 5 us.
         b = self._buffers
         return self._parameters["values"], b["crow"], b["col"], bias, b["plan"], b["plan_t"]
 
-    def extra_repr(self) -> str:
-        """Shape, count and pattern."""
-        return f"{tuple(self.shape)}, nnz={self.nnz}, sparsity={self.sparsity:.3f}, {self.pattern}"
+    def _check(self, parts) -> None:
+        check_csr(*parts.values(), self.shape)
 
-    def _make_plans(self, training: bool) -> None:
-        if self.crow.is_meta:
-            return
+    def _plan(self, transpose: bool) -> Tensor:
         cols = self.shape[1:].numel()
-        args = (self.crow, self.col, cols, self.groups, self.taps)
-        self.plan = csr_plan(*args)
-        if training:
-            self.plan_t = csr_plan(*args, True)
+        return csr_plan(self.crow, self.col, cols, self.groups, self.taps, transpose)
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
-        """Take over a pattern with another number of nonzeros, after checking every index."""
-        parts = [state_dict.get(prefix + name) for name in ("values", "crow", "col")]
-        if all(part is not None for part in parts):
-            try:
-                check_csr(*parts, self.shape)
-            except ValueError as error:
-                error_msgs.append(f"{prefix.rstrip('.')}: {error}")
-                return
-            self._resize(parts[0].numel())
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+
+def _row_starts(kept: Tensor) -> Tensor:
+    """Where each row of a boolean matrix starts among its True entries, `(rows + 1,)` int32."""
+    crow = torch.zeros(kept.shape[0] + 1, dtype=torch.int32, device=kept.device)
+    crow[1:] = kept.sum(1).cumsum(0)
+    return crow
+
+
+class BlockWeight(SparseWeight):
+    """Weights in dense blocks of R outputs x C inputs; in a convolution at each kernel position.
+
+    A kept block holds all its R * C values, also those that are 0. The sizes need not be multiples
+    of the block: what lies beyond them is 0, never read, and its gradient is 0.
+
+    Attributes:
+        values: Parameter `(n_blocks, R, C)`, by rows of blocks, columns rising.
+        block_crow: Buffer `(rows of blocks + 1,)` int32, where each row of blocks starts.
+        block_col: Buffer `(n_blocks,)` int32, column of each block. In a convolution it counts
+            (block of input channels, kernel position), as `sparsekern.patterns` numbers its units.
+    """
+
+    format = "block"
+    parts = ("values", "block_crow", "block_col")
+
+    def __init__(self, values, block_crow, block_col, shape, pattern, groups=1, plans=True):
+        check_block(values, block_crow, block_col, shape, groups)
+        indices = {"block_crow": block_crow, "block_col": block_col}
+        self._set_up(shape, pattern, groups, plans, values, **indices)
+
+    @classmethod
+    def from_dense(cls, weight, mask=None, pattern="block:16x16", groups=1) -> "BlockWeight":
+        """Keep the blocks in which `mask` (by default: the weight is not 0) holds anywhere.
+
+        Args:
+            weight: `(out, in)` or `(out, in / groups, kh, kw)`, floating point.
+            mask: Boolean, same shape, True = kept.
+            pattern: A block or vector pattern; gives the block, cut to the size of the weight.
+            groups: Groups of the convolution.
+        """
+        weight, kept = dense_weight(cls.__name__, weight, mask)
+        fault = block_misfit(parse(pattern), weight.shape, groups)
+        check(not fault, "a pattern of blocks or vectors that fits", fault, cls.__name__)
+        block = parse(pattern).tile(weight.shape)[:2]
+        touched = split_blocks(as_3d(kept), block, groups).flatten(3).any(3).flatten(1)
+        crow, col = _row_starts(touched), touched.nonzero()[:, 1].to(torch.int32)
+        values = dense_to_blocks(as_3d(weight), crow, col, block, groups)
+        return cls(values, crow, col, weight.shape, pattern, groups)
+
+    @property
+    def nnz(self) -> int:
+        """Number of weights that are stored, without what blocks hold beyond the edges."""
+        if self.block_col.is_meta:
+            return min(self.values.numel(), self.shape.numel())
+        return int(self.mask().sum())
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """The values `(n_blocks, R, C)` of a dense weight at the stored blocks."""
+        block = tuple(self.values.shape[1:])
+        return dense_to_blocks(as_3d(dense), self.block_crow, self.block_col, block, self.groups)
+
+    def _dense(self, values: Tensor) -> Tensor:
+        index = (self.block_crow, self.block_col)
+        dense = blocks_to_dense(
+            "BlockWeight", values, *index, *self.shape[:2], self.groups, self.taps
         )
-        if all(part is not None for part in parts):
-            self._make_plans(training=self.plan_t.numel() > 0)
+        return dense.view(self.shape)
 
-    def _resize(self, nnz: int) -> None:
-        if nnz == self.nnz:
-            return
-        old = self.values
-        self.values = nn.Parameter(old.detach().new_zeros(nnz), requires_grad=old.requires_grad)
-        self.col = self.col.new_zeros(nnz)
+    def linear(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        """act(x W^T + b) for x `(..., in)`; bias `(out,)`."""
+        return block_linear(x, *self._arguments(bias), activation)
+
+    def conv2d(self, x, bias, stride, padding, dilation, activation: str) -> Tensor:
+        """act(conv2d(x, W) + b) for x `(n, in, h, w)`; result contiguous `(n, out, oh, ow)`."""
+        geometry = (self.shape[2:], stride, padding, dilation, self.groups)
+        return block_conv2d(x, *self._arguments(bias), *geometry, activation)
+
+    def _arguments(self, bias):
+        b = self._buffers
+        index = (b["block_crow"], b["block_col"])
+        return self._parameters["values"], *index, bias, b["plan"], b["plan_t"], self.shape[0]
+
+    def _check(self, parts) -> None:
+        check_block(*parts.values(), self.shape, self.groups)
+
+    def _plan(self, transpose: bool) -> Tensor:
+        sizes = (*self.shape[:2], *self.values.shape[1:])
+        return block_plan(
+            self.block_crow, self.block_col, *sizes, self.groups, self.taps, transpose
+        )
+
+
+class NMWeight(SparseWeight):
+    """N of every M weights along the input dimension; in a convolution at each kernel position.
+
+    Every group holds exactly N values; where a dense weight has fewer nonzeros, zeros are stored.
+
+    Attributes:
+        values: Parameter `(out, slots)`; slots count (group of M inputs, kernel position, N).
+        index: Buffer `(out, bytes)` uint8: where in its group each value lies, slot by slot, 2 bits
+            each if M <= 4, else 4, lowest bits first, every row from a byte of its own.
+        n, m: Kept weights per group, and its size (at most 16).
+    """
+
+    format = "nm"
+    parts = ("values", "index")
+
+    def __init__(self, values, index, shape, pattern, groups=1, plans=True):
+        pattern = parse(pattern)
+        check(isinstance(pattern, NM), "an N:M pattern", pattern, "NMWeight")
+        check_nm(values, index, shape, pattern.n, pattern.m)
+        self._set_up(shape, pattern, groups, False, values, index=index)
+        self.n, self.m = pattern.n, pattern.m
+        if plans:
+            self._make_plans(training=False)
+
+    @classmethod
+    def from_dense(cls, weight, mask=None, pattern="2:4", groups=1) -> "NMWeight":
+        """Keep the weights where `mask` is True (by default: those not 0), padded to N per group.
+
+        Raises:
+            ValueError: A group holds more than N, or the pattern does not fit the shape.
+        """
+        weight, kept = dense_weight(cls.__name__, weight, mask)
+        fault = nm_misfit(parse(pattern), weight.shape)
+        check(not fault, "an N:M pattern that fits", fault, cls.__name__)
+        n, m = parse(pattern).n, parse(pattern).m
+        kept = as_3d(kept)
+        pad = (0, 0, 0, -kept.shape[1] % m)
+        inside = torch.nn.functional.pad(torch.ones_like(kept), pad)
+        # 2 for kept, 1 for zeros that may fill up, 0 beyond the edge; stable, so the first zeros.
+        rank = (torch.nn.functional.pad(kept, pad).byte() + inside).unflatten(1, (-1, m))
+        most = int((rank == 2).sum(2).max()) if rank.numel() else 0
+        check(most <= n, f"at most {n} weights in each group of {m}", most, cls.__name__)
+        chosen = rank.argsort(dim=2, descending=True, stable=True)[:, :, :n].sort(dim=2).values
+        index = pack_index(chosen.transpose(2, 3).flatten(1), m)
+        columns = slot_columns(cls.__name__, index, weight.shape[1], n, m, weight.shape[2:].numel())
+        values = weight.flatten(1).gather(1, columns)
+        if mask is not None:  # what fills up is 0, whatever the dense weight has there
+            values = values * mask.reshape(weight.shape).flatten(1).gather(1, columns)
+        return cls(values, index, weight.shape, pattern, groups)
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """The values `(out, slots)` of a dense weight at the stored positions."""
+        return dense.reshape(self.shape[0], -1).gather(1, self._columns())
+
+    def _columns(self) -> Tensor:
+        return slot_columns("NMWeight", self.index, self.shape[1], self.n, self.m, self.taps)
+
+    def _dense(self, values: Tensor) -> Tensor:
+        sizes = (self.shape[1], self.n, self.m, self.taps)
+        return nm_to_dense("NMWeight", values, self.index, *sizes).view(self.shape)
+
+    def linear(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        """act(x W^T + b) for x `(..., in)`; bias `(out,)`."""
+        return nm_linear(x, *self._arguments(bias), activation)
+
+    def conv2d(self, x, bias, stride, padding, dilation, activation: str) -> Tensor:
+        """act(conv2d(x, W) + b) for x `(n, in, h, w)`; result contiguous `(n, out, oh, ow)`."""
+        geometry = (self.shape[2:], stride, padding, dilation, self.groups)
+        return nm_conv2d(x, *self._arguments(bias), *geometry, activation)
+
+    def take(self, other: "NMWeight") -> None:
+        """As for every weight; N and M are taken over, too."""
+        self.n, self.m = other.n, other.m
+        super().take(other)
+
+    def _arguments(self, bias):
+        b = self._buffers
+        return (
+            self._parameters["values"], b["index"], bias, b["plan"], b["plan_t"], self.n, self.m,
+        )  # fmt: skip
+
+    def _check(self, parts) -> None:
+        check_nm(*parts.values(), self.shape, self.n, self.m)
+
+    def _plan(self, transpose: bool) -> Tensor:
+        sizes = (*self.shape[:2], self.n, self.m)
+        return nm_plan(self.index, *sizes, self.groups, self.taps, transpose)
+
+
+FORMATS = {"csr": CSRWeight, "block": BlockWeight, "nm": NMWeight}
+
+
+def fitting_formats(pattern, shape, groups: int = 1) -> list[str]:
+    """The formats that can store a pattern, the one that is usually fastest first."""
+    pattern = parse(pattern)
+    if nm_misfit(pattern, shape) == "":
+        return ["nm", "csr"]
+    if block_misfit(pattern, shape, groups) == "":
+        # One row alone shares no loads with others; csr sorts such rows by their counts instead.
+        return ["block", "csr"] if pattern.tile(shape)[0] > 1 else ["csr", "block"]
+    return ["csr"]
+
+
+def check_format(op: str, format: str, pattern, shape, groups: int = 1) -> str:
+    """The format to use: the one asked for if it fits, the best one for `auto`."""
+    fitting = fitting_formats(pattern, shape, groups)
+    if format != "auto" and format not in FORMATS:
+        raise ValueError(f"{op}: expected format to be auto, {', '.join(FORMATS)}, got {format!r}")
+    if format != "auto" and format not in fitting:
+        raise ValueError(
+            f"{op}: expected a format that stores pattern {pattern} for shape {tuple(shape)} "
+            f"({', '.join(fitting)}), got {format!r}"
+        )
+    return fitting[0] if format == "auto" else format

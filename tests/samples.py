@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsekern.ops.block import split_blocks
+from sparsekern.ops.nm import pack_index
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -54,6 +57,86 @@ def _linear(tokens, cols, rows, sparsity, *, bias=True, act="none", plan=True, k
     flags = f"{kind}-{act}{'' if bias else '-nobias'}{'' if plan else '-noplan'}"
     name = f"T{text}-K{cols}-M{rows}-s{sparsity}-{flags}"
     return Sample(name, build, max(1, round(cols * (1 - sparsity))), grads)
+
+
+def random_blocks(rows, channels, block, sparsity, groups=1, taps=1):
+    """Parts of a block weight: values, crow, col. Not by the weight class, which has its tests."""
+    weight = torch.randn(rows, channels, taps, dtype=torch.float64)
+    grid = split_blocks(weight, block, groups)
+    kept = (torch.rand(grid.shape[:3]) >= sparsity).flatten(1)
+    crow = torch.zeros(kept.shape[0] + 1, dtype=torch.int32)
+    crow[1:] = kept.sum(1).cumsum(0)
+    return grid.flatten(1, 2)[kept], crow, kept.nonzero()[:, 1].to(torch.int32)
+
+
+def random_nm(rows, channels, n, m, taps=1):
+    """Parts of an N:M weight: values, index."""
+    sizes = [min(m, channels - first) for first in range(0, channels, m)]
+    chosen = [torch.rand(rows, taps, size).argsort(2)[..., :n].sort(2).values for size in sizes]
+    index = pack_index(torch.stack(chosen, 1).flatten(1), m)
+    return torch.randn(rows, len(sizes) * taps * n, dtype=torch.float64), index
+
+
+def _other_linear(tokens, cols, rows, parts, plan_op, sizes, tail, *, bias=True, plan=True, act):
+    """A linear sample of a format: `parts()` gives values and indices, `tail` follows the plans."""
+
+    def build(dtype):
+        torch.manual_seed(0)
+        values, *index = parts()
+        shape = tokens if isinstance(tokens, tuple) else (tokens,)
+        x = torch.randn(*shape, cols, dtype=torch.float64).to(dtype)
+        b = torch.randn(rows, dtype=torch.float64).to(dtype) if bias else None
+        plans = [plan_op(*index, *sizes, 1, 1, t) if plan else None for t in (False, True)]
+        return x, values.to(dtype), *index, b, *plans, *tail, act
+
+    return build
+
+
+def _block(tokens, cols, rows, block, sparsity, *, bias=True, act="none", plan=True):
+    op = torch.ops.sparsekern.block_plan
+    build = _other_linear(
+        tokens, cols, rows, lambda: random_blocks(rows, cols, block, sparsity), op,
+        (rows, cols, *block), (rows,), bias=bias, plan=plan, act=act,
+    )  # fmt: skip
+    name = f"T{tokens}-K{cols}-M{rows}-{block[0]}x{block[1]}-s{sparsity}-{act}-{bias}-{plan}"
+    return Sample(name.replace(" ", ""), build, max(1, cols), (0, 1, 4) if bias else (0, 1))
+
+
+def _nm(tokens, cols, rows, n, m, *, bias=True, act="none", plan=True):
+    op = torch.ops.sparsekern.nm_plan
+    build = _other_linear(
+        tokens, cols, rows, lambda: random_nm(rows, cols, n, m), op, (rows, cols, n, m), (n, m),
+        bias=bias, plan=plan, act=act,
+    )  # fmt: skip
+    name = f"T{tokens}-K{cols}-M{rows}-{n}of{m}-{act}-{bias}-{plan}"
+    return Sample(name.replace(" ", ""), build, max(1, cols), (0, 1, 3) if bias else (0, 1))
+
+
+def _other_conv(n, c, size, out, kernel, block=None, nm=None, sparsity=0.5, *, stride=1, padding=0,
+                dilation=1, groups=1, bias=True, act="none", plan=True):  # fmt: skip
+    """A convolution in blocks (`block=(R, C)`) or N:M (`nm=(n, m)`)."""
+    taps, channels = kernel * kernel, c // groups
+
+    def build(dtype):
+        torch.manual_seed(0)
+        if block:
+            values, *index = random_blocks(out, channels, block, sparsity, groups, taps)
+            plan_op, sizes, tail = torch.ops.sparsekern.block_plan, (out, channels, *block), (out,)
+        else:
+            values, *index = random_nm(out, channels, *nm, taps)
+            plan_op, sizes, tail = torch.ops.sparsekern.nm_plan, (out, channels, *nm), nm
+        x = torch.randn(n, c, *size, dtype=torch.float64).to(dtype)
+        b = torch.randn(out, dtype=torch.float64).to(dtype) if bias else None
+        plans = [plan_op(*index, *sizes, groups, taps, t) if plan else None for t in (False, True)]
+        geometry = [[v, v] for v in (kernel, stride, padding, dilation)]
+        return x, values.to(dtype), *index, b, *plans, *tail, *geometry, groups, act
+
+    last = 4 if block else 3
+    name = (
+        f"N{n}-C{c}-O{out}-{size}-k{kernel}-s{stride}-p{padding}-d{dilation}-g{groups}"
+        f"-{block or nm}-{sparsity}-{act}-{bias}-{plan}"
+    ).replace(" ", "")
+    return Sample(name, build, taps * channels, (0, 1, last) if bias else (0, 1))
 
 
 def _conv(n, c, size, out, kernel, sparsity, *, stride=1, padding=0, dilation=1, groups=1,
@@ -131,4 +214,58 @@ CONV = [
     _conv(1, 2, (70, 1), 4, (3, 1), 0.3, padding=(1, 0)),
 ]
 
-SAMPLES = {"csr_linear": LINEAR, "csr_conv2d": CONV}
+BLOCK = [
+    _block(0, 8, 8, (4, 4), 0.5),
+    _block(1, 64, 40, (16, 16), 0.5),
+    _block(2, 50, 19, (16, 1), 0.5, act="relu"),
+    _block(1, 50, 19, (5, 3), 0.5),
+    _block(3, 37, 53, (16, 16), 0.6, plan=False),
+    _block(16, 32, 32, (32, 32), 0.0),
+    _block(17, 129, 65, (1, 8), 0.7, act="gelu"),
+    _block(100, 65, 31, (4, 4), 0.6, act="gelu_tanh"),
+    _block((2, 3, 5), 20, 12, (2, 6), 0.5, bias=False),
+    _block((2, 0), 20, 12, (4, 4), 0.5),
+    _block(40, 1, 17, (8, 1), 0.3),
+    _block(33, 50, 40, (8, 8), 1.0),
+    _block(70, 1100, 530, (16, 16), 0.9),
+]
+NM = [
+    _nm(0, 8, 8, 2, 4),
+    _nm(1, 100, 33, 2, 4),
+    _nm(2, 132, 7, 4, 8, act="relu"),
+    _nm(1, 60, 9, 3, 7),
+    _nm(3, 38, 21, 2, 4, plan=False),
+    _nm(16, 32, 16, 8, 16),
+    _nm(17, 131, 65, 2, 4, act="gelu"),
+    _nm(100, 64, 31, 1, 4, act="gelu_tanh"),
+    _nm((2, 3, 5), 20, 12, 1, 2, bias=False),
+    _nm((2, 0), 20, 12, 2, 4),
+    _nm(130, 300, 530, 2, 4),
+    _nm(33, 15, 4, 5, 9),
+]
+BLOCK_CONV = [
+    _other_conv(2, 6, (9, 14), 8, 3, (4, 4), padding=1),
+    _other_conv(1, 4, (9, 11), 6, 3, (3, 2), stride=2, padding=1, act="relu"),
+    _other_conv(1, 6, (12, 9), 9, 3, (3, 2), groups=3, dilation=2, bias=False),
+    _other_conv(3, 5, (8, 8), 7, 1, (16, 16), sparsity=0.0),
+    _other_conv(0, 4, (8, 8), 4, 3, (2, 2), padding=1),
+    _other_conv(1, 3, (7, 7), 4, 3, (2, 2), sparsity=1.0, act="gelu"),
+    _other_conv(2, 20, (14, 14), 33, 3, (16, 1), padding=1, plan=False),
+]
+NM_CONV = [
+    _other_conv(2, 8, (9, 14), 6, 3, nm=(2, 4), padding=1),
+    _other_conv(1, 7, (9, 11), 6, 3, nm=(1, 2), stride=2, padding=1, act="relu"),
+    _other_conv(1, 12, (12, 9), 9, 3, nm=(2, 4), groups=3, dilation=2, bias=False),
+    _other_conv(3, 16, (8, 8), 7, 1, nm=(4, 16)),
+    _other_conv(0, 4, (8, 8), 4, 3, nm=(2, 4), padding=1),
+    _other_conv(1, 20, (7, 7), 5, 3, nm=(3, 8), plan=False, act="gelu"),
+]
+
+SAMPLES = {
+    "csr_linear": LINEAR,
+    "csr_conv2d": CONV,
+    "block_linear": BLOCK,
+    "block_conv2d": BLOCK_CONV,
+    "nm_linear": NM,
+    "nm_conv2d": NM_CONV,
+}

@@ -61,6 +61,37 @@ def test_converts_what_wins_and_keeps_the_outputs(one_thread):
     assert "2 of 2 layers sparse" in str(report) and "faster" in str(report)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "formats"),
+    [("block:16x16", {"block", "csr"}), ("2:4", {"nm", "csr", "dense"})],
+)
+@pytest.mark.parametrize("mode", ["inference", "training"])
+def test_tries_every_format_that_fits(one_thread, monkeypatch, pattern, formats, mode):
+    sparsity = None if pattern == "2:4" else 0.95
+    model = nn.Sequential(sk.SparseLinear(512, 512, pattern=pattern, sparsity=sparsity).to_dense())
+    tried = []
+    keep = convert._try_format
+    monkeypatch.setattr(
+        convert, "_try_format", lambda *args: (tried.append(args[1]), keep(*args))[1]
+    )
+    x = torch.randn(256, 512)
+    want = model(x)
+    sk.convert_to_sparse(model, x, mode=mode)
+    assert set(tried) == formats - {"dense"}
+    (row,) = sk.report(model).layers
+    assert row.format in formats and row.pattern == pattern
+    torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+    sk.to_dense(model)
+    torch.testing.assert_close(model(x), want)
+
+
+def test_without_inputs_the_pattern_decides_the_format():
+    model = nn.Sequential(sk.SparseLinear(64, 64, pattern="block:8x8", sparsity=0.9).to_dense())
+    sk.convert_to_sparse(model)
+    assert sk.report(model).layers[0].format == "block"
+    assert model[0].weight.format == "block"
+
+
 def test_keeps_dense_where_sparse_loses(one_thread):
     # One token through tiny layers: the call itself costs more than the product, on any machine.
     model = sparsified(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)), 0.5)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from samples import csr_of, random_weight
+from samples import csr_of, random_blocks, random_nm, random_weight
 
 import sparsekern as sk
 from sparsekern._load import _C
+from sparsekern.ops import block, nm
 from sparsekern.ops.conv import csr_conv2d, csr_conv2d_grad_input, csr_conv2d_grad_values
 from sparsekern.ops.csr import (
     csr_linear,
@@ -144,6 +145,68 @@ def test_conv_arguments():
     refuses(channels, csr_conv2d_grad_values, g, x, r, c, None, *geometry)
 
 
+@native
+def test_block_arguments():
+    v, r, c = random_blocks(8, 6, (4, 3), 0.0)
+    v, x = v.float(), torch.randn(3, 6)
+
+    def linear(v=v, r=r, c=c, x=x, bias=None, plan=None, out=8):
+        return block.block_linear(x, v, r, c, bias, plan, None, out)
+
+    assert linear().shape == (3, 8)
+    refuses("block_linear: expected values with 3 dimensions, got", lambda: linear(v=v[0]))
+    refuses(r"values.size\(0\) = col.size\(0\) = 3, got 4", lambda: linear(c=c[:3]))
+    refuses(r"crow.size\(0\) = rows of blocks \+ 1 = 4, got 3", lambda: linear(out=9))
+    refuses("blocks of at least 1 x 1, got 0 x 3", lambda: linear(v=v[:, :0]))
+    refuses(r"bias.size\(0\) = out_features = 8, got 4", lambda: linear(bias=torch.zeros(4)))
+    refuses("x of shape .*in_features.*, got a scalar", lambda: linear(x=torch.tensor(1.0)))
+    refuses("crow to start at 0 and end at nnz = 4", lambda: linear(r=changed(r, 0, 1)))
+    refuses(r"stay in \[0, 2\), got col\[1\] = 2", lambda: linear(c=changed(c, 1, 2)))
+    plan = block.block_plan(r, c, 8, 6, 4, 3)
+    narrow = r"x.size\(-1\) = in_features = 6, got 5"
+    refuses(narrow, lambda: linear(x=torch.randn(3, 5), plan=plan))
+    refuses("plan made by block_plan for this pattern", lambda: linear(plan=plan[:-1]))
+    refuses("plan of dtype int32, got float32", lambda: linear(plan=plan.float()))
+    g = torch.randn(3, 8)
+    wrong = r"plan_t made by block_plan\(transpose=True\)"
+    refuses(wrong, block.block_linear_grad_input, g, v, r, c, plan, 6)
+    tokens = "tokens of grad = tokens of x = 3, got 2"
+    refuses(tokens, block.block_linear_grad_values, g[:2], x, r, c, None, 4, 3)
+    refuses("groups and taps >= 1, got 0", block.block_plan, r, c, 8, 6, 4, 3, 0)
+    refuses("rows divisible by groups = 3, got 8", block.block_plan, r, c, 8, 6, 4, 3, 3)
+
+
+@native
+def test_nm_arguments():
+    v, i = random_nm(8, 6, 2, 4)
+    v, x = v.float(), torch.randn(3, 6)
+
+    def linear(v=v, i=i, x=x, plan=None, n=2, m=4):
+        return nm.nm_linear(x, v, i, None, plan, None, n, m)
+
+    assert linear().shape == (3, 8)
+    refuses("nm_linear: expected index of dtype uint8, got int32", lambda: linear(i=i.int()))
+    refuses("values with 2 dimensions, got", lambda: linear(v=v[0]))
+    refuses(r"values.size\(0\) = rows = 8, got 4", lambda: linear(v=v[:4]))
+    refuses(r"values.size\(1\) = values of a row = 4, got 3", lambda: linear(v=v[:, :3]))
+    refuses(r"index.size\(1\) = bytes of a row = 1, got 2", lambda: linear(i=i.repeat(1, 2)))
+    refuses("1 <= n < m <= 16, got 4:4", lambda: linear(n=4))
+    refuses("groups of 5 that hold 2 each, got 6 columns", lambda: linear(m=5))
+    refuses("rise strictly inside each group and stay in .*position 3", lambda: linear(i=i | 15))
+    refuses("stay in \\[0, 2\\)", lambda: linear(i=i | 240))
+    plan = nm.nm_plan(i, 8, 6, 2, 4)
+    refuses("plan made by nm_plan for this pattern", lambda: linear(plan=plan[:-1]))
+    g = torch.randn(3, 8)
+    wrong = r"plan_t made by nm_plan\(transpose=True\)"
+    refuses(wrong, nm.nm_linear_grad_input, g, v, i, plan, 6, 2, 4)
+    tokens = "tokens of grad = tokens of x = 3, got 2"
+    refuses(tokens, nm.nm_linear_grad_values, g[:2], x, i, None, 2, 4)
+    refuses("groups and taps >= 1, got 0", nm.nm_plan, i, 8, 6, 2, 4, 0)
+    refuses("rows divisible by groups = 3, got 8", nm.nm_plan, i, 8, 6, 2, 4, 3)
+    wide = torch.zeros(1, 4096 * 8, dtype=torch.uint8)
+    refuses("at most 65535 weights in a group", nm.nm_plan, wide, 1, 16, 8, 16, 1, 8192)
+
+
 def test_isa_names():
     if _C is not None:
         refuses("set_cpu_isa: expected one of scalar.*, got 'mmx'", _C.set_cpu_isa, "mmx")
@@ -187,6 +250,56 @@ def test_weight_from_dense():
     refuses("a boolean mask, got torch.float32", build, torch.ones(2, 2), torch.ones(2, 2))
     refuses("got one on the meta device", build, torch.ones(2, 2, device="meta"))
     refuses("fewer than 2\\^31 weights", build, torch.ones(1).expand(2**16, 2**16))
+
+
+def test_block_and_nm_weight_parts():
+    v, r, c = random_blocks(8, 6, (4, 3), 0.0)
+    build = sk.BlockWeight
+    shape, pattern = (8, 6), "block:4x3"
+    refuses("BlockWeight: expected values \\(n_blocks, R, C\\)", build, v[0], r, c, shape, pattern)
+    refuses("crow of 3 entries", build, v, r[:2], c, shape, pattern)
+    refuses(r"columns in \[0, 2\), got", build, v, r, changed(c, 1, 7), shape, pattern)
+    inside = "blocks that stay inside a group of the convolution, got 4 rows in groups of 2"
+    refuses(f"BlockWeight: expected {inside}", build, v, r, c, (4, 6, 1, 1), pattern, 2)
+    fits = "a pattern of blocks or vectors that fits, got 2:4"
+    refuses(fits, sk.BlockWeight.from_dense, torch.ones(4, 4), None, "2:4")
+    v, i = random_nm(8, 6, 2, 4)
+    build = sk.NMWeight
+    refuses("NMWeight: expected an N:M pattern, got unstruct", build, v, i, shape, "unstructured")
+    refuses(r"values \(8, 4\) in floating point", build, v[:, :3], i, shape, "2:4")
+    refuses(r"index \(8, 1\) in uint8, got torch.int32", build, v, i.int(), shape, "2:4")
+    refuses("positions that rise inside each group", build, v, i * 0, shape, "2:4")
+    refuses("stay in it, got a position past the end", build, v, i | 240, shape, "2:4")
+    most = "NMWeight: expected at most 2 weights in each group of 4, got 4"
+    refuses(most, sk.NMWeight.from_dense, torch.ones(4, 4), None, "2:4")
+    fits = "an N:M pattern that fits, got 2:4 with 5 inputs"
+    refuses(fits, sk.NMWeight.from_dense, torch.ones(4, 5), None, "2:4")
+
+
+def test_formats():
+    have = "SparseLinear: expected format to be auto, csr, block, nm, got 'coo'"
+    refuses(have, lambda: sk.SparseLinear(4, 4, format="coo"))
+    stores = r"a format that stores pattern unstructured for shape \(4, 4\) \(csr\), got 'nm'"
+    refuses(stores, lambda: sk.SparseLinear(4, 4, format="nm"))
+    conv = torch.nn.Conv2d(4, 4, 3)
+    stores = "SparseConv2d.from_dense: expected a format that stores pattern 2:4 .*got 'block'"
+    refuses(stores, lambda: sk.SparseConv2d.from_dense(conv, pattern="2:4", format="block"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "index", "message"),
+    [
+        ("block:2x2", "block_col", 0, r"BlockWeight: expected columns in \[0, 4\)"),
+        ("2:4", "index", (0, 0), "NMWeight: expected positions that rise inside each group"),
+    ],
+)
+def test_state_dict_of_other_formats_with_hostile_indices(pattern, name, index, message):
+    sparsity = None if pattern == "2:4" else 0.5
+    layer = sk.SparseLinear(8, 4, sparsity=sparsity, pattern=pattern)
+    bad = {k: v.clone() for k, v in layer.state_dict().items()}
+    bad[f"weight.{name}"][index] = 255 if name == "index" else 1000
+    refuses(message, layer.load_state_dict, bad)
+    assert torch.equal(layer(torch.zeros(2, 8)), layer.bias.expand(2, 4))
 
 
 def test_layers():

@@ -14,7 +14,13 @@ LINEAR = [
     {"sparsity": 0.8},
     {"sparsity": 0.0, "bias": False},
     {"pattern": "2:4"},
+    {"pattern": "2:4", "format": "csr"},
+    {"pattern": "4:16", "activation": "gelu"},
     {"sparsity": 0.75, "pattern": "block:4x4", "activation": "relu"},
+    {"sparsity": 0.5, "pattern": "block:4x4", "format": "csr"},
+    {"sparsity": 0.5, "pattern": "block:5x7"},
+    {"sparsity": 0.5, "pattern": "vector:1x8", "format": "block"},
+    {"sparsity": 0.5, "pattern": "vector:8x1"},
     {"sparsity": 0.9, "activation": "gelu"},
     {"sparsity": 0.9, "activation": "gelu_tanh"},
 ]
@@ -26,6 +32,11 @@ CONV = [
     {"sparsity": 0.6, "groups": 4, "padding": 1, "padding_mode": "reflect"},
     {"sparsity": 0.6, "padding": 1, "padding_mode": "circular", "activation": "relu"},
     {"pattern": "filter", "sparsity": 0.5},
+    {"pattern": "2:4", "padding": 1},
+    {"pattern": "1:2", "groups": 2, "stride": 2},
+    {"pattern": "block:4x3", "sparsity": 0.5, "padding": 1},
+    {"pattern": "block:3x2", "sparsity": 0.5, "groups": 2, "activation": "relu"},
+    {"pattern": "vector:8x1", "sparsity": 0.5, "padding": 1},
 ]
 
 
@@ -52,7 +63,7 @@ def test_matches_the_dense_twin_forward_and_backward(kind, options):
     y.backward(grad)
     z.backward(grad)
     torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
-    dense_grad = inner.weight.grad[layer.weight.mask()]
+    dense_grad = layer.weight.gather(inner.weight.grad)
     torch.testing.assert_close(layer.weight.values.grad, dense_grad, rtol=1e-4, atol=2e-5)
     if layer.bias is not None:
         torch.testing.assert_close(layer.bias.grad, inner.bias.grad, rtol=1e-4, atol=2e-5)
@@ -99,6 +110,62 @@ def test_copies_and_files(kind):
         assert torch.equal(twin(x), want)
         twin(x).sum().backward()
     assert set(layer.state_dict()) == {"bias", "weight.values", "weight.crow", "weight.col"}
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"pattern": "2:4"}, {"weight.index"}),
+        ({"pattern": "block:4x4", "sparsity": 0.5}, {"weight.block_crow", "weight.block_col"}),
+    ],
+    ids=["nm", "block"],
+)
+def test_copies_and_files_of_other_formats(kind, options, parts):
+    layer, x = make(kind, options)
+    want = layer(x)
+    more = dict(options, sparsity=0.25) if "sparsity" in options else options
+    other, _ = make(kind, more)  # blocks: another number of them
+    other.load_state_dict(layer.state_dict())
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), other):
+        assert torch.equal(twin(x), want)
+        twin(x).sum().backward()
+    assert set(layer.state_dict()) == {"bias", "weight.values", *parts}
+    low = copy.deepcopy(layer).to(torch.bfloat16)(x.bfloat16())
+    torch.testing.assert_close(low.float(), want, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), want)
+
+
+def test_from_dense_finds_the_format_in_the_zeros():
+    for pattern, sparsity, format in (
+        ("block:16x16", 0.5, "block"),
+        ("vector:4x1", 0.5, "block"),
+        ("vector:1x8", 0.5, "csr"),
+        ("2:4", None, "nm"),
+        ("unstructured", 0.5, "csr"),
+    ):
+        dense = sk.SparseLinear(64, 48, pattern=pattern, sparsity=sparsity).to_dense()
+        layer = sk.SparseLinear.from_dense(dense)
+        assert layer.weight.format == format
+        assert torch.equal(layer.to_dense().weight, dense.weight)
+        assert sk.SparseLinear.from_dense(dense, format="csr").weight.format == "csr"
+
+
+def test_a_kept_block_keeps_its_zeros_and_its_size_is_ragged():
+    weight = torch.randn(10, 7)
+    weight[4, 4] = 0
+    made = sk.BlockWeight.from_dense(weight, None, "block:4x4")
+    assert tuple(made.values.shape) == (6, 4, 4) and made.nnz == 70 and made.sparsity == 0
+    assert torch.equal(made.to_dense(), weight) and bool(made.mask().all())
+
+
+def test_nm_fills_groups_up_with_zeros():
+    weight = torch.zeros(3, 8)
+    weight[0, 1], weight[1, 6] = 2.0, 3.0
+    made = sk.NMWeight.from_dense(weight, None, "2:4")
+    assert torch.equal(made.to_dense(), weight) and bool((made.mask().sum(1) == 4).all())
+    kept = sk.NMWeight.from_dense(torch.ones(3, 8), weight != 0, "2:4")
+    assert torch.equal(kept.to_dense(), (weight != 0).float())
 
 
 def test_load_state_dict_with_assign():

@@ -6,14 +6,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import SAMPLES, csr_of, random_weight
+from samples import SAMPLES, csr_of, random_blocks, random_nm, random_weight
 
 import sparsekern as sk
 from sparsekern._load import _C
-from sparsekern.ops import conv, csr
+from sparsekern.ops import block, block_conv, conv, csr, nm, nm_conv
 
-OPS = {"csr_linear": csr.csr_linear, "csr_conv2d": conv.csr_conv2d}
-REFERENCES = {"csr_linear": csr._linear_reference, "csr_conv2d": conv._conv_reference}
+OPS = {
+    "csr_linear": csr.csr_linear,
+    "csr_conv2d": conv.csr_conv2d,
+    "block_linear": block.block_linear,
+    "block_conv2d": block_conv.block_conv2d,
+    "nm_linear": nm.nm_linear,
+    "nm_conv2d": nm_conv.nm_conv2d,
+}
+REFERENCES = {
+    "csr_linear": csr._linear_reference,
+    "csr_conv2d": conv._conv_reference,
+    "block_linear": block._linear_reference,
+    "block_conv2d": block_conv._conv_reference,
+    "nm_linear": nm._linear_reference,
+    "nm_conv2d": nm_conv._conv_reference,
+}
 EPSILON = {torch.float64: 1e-15, torch.float32: 1.2e-7, torch.bfloat16: 8e-3}
 
 cases = [
@@ -66,7 +80,7 @@ def test_matches_float64(name, sample, dtype, isa):
     grad = torch.randn_like(REFERENCES[name](*exact)).to(dtype).double()
     got = run(OPS[name], arguments, sample.grads, grad)
     want = run(REFERENCES[name], exact, sample.grads, grad)
-    tokens = max(1, grad.numel() // max(1, grad.shape[1 if name == "csr_conv2d" else -1]))
+    tokens = max(1, grad.numel() // max(1, grad.shape[1 if name.endswith("conv2d") else -1]))
     for part, (g, w) in enumerate(zip(got, want, strict=True)):
         assert g.dtype == dtype
         terms = sample.nnz_per_row if part == 0 else max(tokens, sample.nnz_per_row)
@@ -108,13 +122,48 @@ def test_opcheck_of_the_gradient_ops():
     torch.library.opcheck(conv.csr_conv2d_grad_values, (grad, x, crow, col, plan, *geometry))
 
 
-@pytest.mark.parametrize("index", [6, 10])
-def test_compile_fullgraph_with_dynamic_tokens(index):
-    sample = SAMPLES["csr_linear"][index]
-    _, values, crow, col, bias, plan, plan_t, act = sample.build(torch.float32)
+def test_opcheck_of_the_gradient_ops_of_blocks_and_nm():
+    x, values, crow, col, _, plan, plan_t, *_ = SAMPLES["block_linear"][7].build(torch.float32)
+    grad = torch.randn(100, 31)
+    torch.library.opcheck(block.block_linear_grad_input, (grad, values, crow, col, plan_t, 65))
+    torch.library.opcheck(block.block_linear_grad_values, (grad, x, crow, col, plan, 4, 4))
+    torch.library.opcheck(block.block_plan, (crow, col, 31, 65, 4, 4, 1, 1, False))
+    x, values, crow, col, _, plan, plan_t, _, *geometry, _ = SAMPLES["block_conv2d"][1].build(
+        torch.float32
+    )
+    grad, size = torch.randn(1, 6, 5, 6), (4, 9, 11)
+    torch.library.opcheck(
+        block_conv.block_conv2d_grad_input, (grad, values, crow, col, plan_t, *size, *geometry)
+    )
+    torch.library.opcheck(
+        block_conv.block_conv2d_grad_values, (grad, x, crow, col, plan, 3, 2, *geometry)
+    )
+    x, values, index, _, _, plan_t, *_ = SAMPLES["nm_linear"][7].build(torch.float32)
+    grad = torch.randn(100, 31)
+    torch.library.opcheck(nm.nm_linear_grad_input, (grad, values, index, plan_t, 64, 1, 4))
+    torch.library.opcheck(nm.nm_linear_grad_values, (grad, x, index, plan_t, 1, 4))
+    torch.library.opcheck(nm.nm_plan, (index, 31, 64, 1, 4, 1, 1, False))
+    x, values, index, _, _, plan_t, _, _, *geometry, _ = SAMPLES["nm_conv2d"][1].build(
+        torch.float32
+    )
+    grad, size = torch.randn(1, 6, 5, 6), (7, 9, 11)
+    torch.library.opcheck(
+        nm_conv.nm_conv2d_grad_input, (grad, values, index, plan_t, *size, 1, 2, *geometry)
+    )
+    torch.library.opcheck(nm_conv.nm_conv2d_grad_values, (grad, x, index, plan_t, 1, 2, *geometry))
+
+
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [("csr_linear", 6), ("csr_linear", 10), ("block_linear", 6), ("nm_linear", 6)],
+)
+def test_compile_fullgraph_with_dynamic_tokens(name, index):
+    torch._dynamo.reset()  # the cases share one code object, whose recompilations are counted
+    sample = SAMPLES[name][index]
+    _, *rest = sample.build(torch.float32)
 
     def layer(x):
-        return csr.csr_linear(x, values, crow, col, bias, plan, plan_t, act) * 2
+        return OPS[name](x, *rest) * 2
 
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     cols = sample.build(torch.float32)[0].shape[-1]
@@ -123,14 +172,15 @@ def test_compile_fullgraph_with_dynamic_tokens(index):
         torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_compile_gradients():
-    sample = SAMPLES["csr_conv2d"][1]
+@pytest.mark.parametrize("name", ["csr_conv2d", "block_conv2d", "nm_conv2d"])
+def test_compile_gradients(name):
+    sample = SAMPLES[name][1]
     arguments = sample.build(torch.float32)
-    compiled = torch.compile(lambda *a: conv.csr_conv2d(*a), fullgraph=True)
-    grad = torch.randn_like(conv.csr_conv2d(*arguments))
+    compiled = torch.compile(lambda *a: OPS[name](*a), fullgraph=True)
+    grad = torch.randn_like(OPS[name](*arguments))
     for got, want in zip(
         run(compiled, arguments, sample.grads, grad),
-        run(conv.csr_conv2d, arguments, sample.grads, grad),
+        run(OPS[name], arguments, sample.grads, grad),
         strict=True,
     ):
         torch.testing.assert_close(got, want)
@@ -165,17 +215,88 @@ def test_nan_and_inf_spread_where_a_weight_is_stored(tokens, isa):
         assert math.isnan(y[0]) and y[1] == math.inf and y[2] == 0
 
 
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize(
+    ("format", "pattern"), [("block", "block:16x16"), ("block", "vector:4x1"), ("nm", "2:4")]
+)
+def test_nan_and_inf_stay_in_their_columns(tokens, format, pattern, isa):
+    weight = torch.zeros(20, 80)
+    weight[:16, 32:48] = 1.0 if format == "block" else 0.0
+    weight[:16, 32:48:2] = 1.0
+    linear = torch.nn.Linear(80, 20, bias=False)
+    linear.weight.data = weight
+    made = {"block": sk.BlockWeight, "nm": sk.NMWeight}[format].from_dense(weight, None, pattern)
+    layer = sk.SparseLinear.from_weight(made, linear)
+    x = torch.ones(tokens, 80)
+    x[0, 79 if format == "block" else 3] = math.nan  # no row of the block or slot holds it
+    x[0, 32] = math.inf
+    y = layer(x)[0]
+    assert bool((y[:16] == math.inf).all())
+    # N:M stores N values in every group, zeros where there is nothing else: 0 * inf, as in dense
+    assert bool(y[16:].isfinite().all() if format == "block" else y[16:].isnan().all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(0, 140),
+    cols=st.integers(1, 150),
+    rows=st.integers(1, 60),
+    block_size=st.tuples(st.integers(1, 33), st.integers(1, 33)),
+    sparsity=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+)
+def test_block_property(tokens, cols, rows, block_size, sparsity):
+    values, crow, col = random_blocks(rows, cols, block_size, sparsity)
+    weight = block.blocks_to_dense("test", values.float(), crow, col, rows, cols).squeeze(2)
+    x = torch.randn(tokens, cols, requires_grad=True)
+    y = block.block_linear(x, values.float(), crow, col, None, None, None, rows)
+    check_close(y.detach(), (x.double() @ weight.double().t()).detach(), torch.float32, cols)
+    grad = torch.randn_like(y)
+    (got,) = torch.autograd.grad(y, x, grad)
+    check_close(got, grad.double() @ weight.double(), torch.float32, rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(0, 140),
+    groups=st.integers(1, 30),
+    tail=st.integers(0, 15),
+    rows=st.integers(1, 60),
+    m=st.integers(2, 16),
+    share=st.floats(0.01, 0.99),
+)
+def test_nm_property(tokens, groups, tail, rows, m, share):
+    n = max(1, int(share * m))
+    cols = groups * m + (tail if n <= tail < m else 0)
+    values, index = random_nm(rows, cols, n, m)
+    weight = nm.nm_to_dense("test", values.float(), index, cols, n, m)
+    assert int(weight.count_nonzero()) <= values.numel()
+    x = torch.randn(tokens, cols, requires_grad=True)
+    y = nm.nm_linear(x, values.float(), index, None, None, None, n, m)
+    check_close(y.detach(), (x.double() @ weight.double().t()).detach(), torch.float32, cols)
+    grad = torch.randn_like(y)
+    (got,) = torch.autograd.grad(y, x, grad)
+    check_close(got, grad.double() @ weight.double(), torch.float32, rows)
+
+
 def test_results_do_not_depend_on_the_number_of_threads(isa):
     values, crow, col = csr_of(random_weight(96, 80, 0.5).float())
     x = torch.randn(300, 80)
+    blocks, pairs = random_blocks(96, 80, (16, 16), 0.5), random_nm(96, 80, 2, 4)
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
-        results.append(csr.csr_linear(x, values, crow, col))
+        results.append(
+            [
+                csr.csr_linear(x, values, crow, col),
+                block.block_linear(x, blocks[0].float(), *blocks[1:], None, None, None, 96),
+                nm.nm_linear(x, pairs[0].float(), pairs[1], None, None, None, 2, 4),
+            ]
+        )
     torch.set_num_threads(before)
-    for y in results[1:]:
-        torch.testing.assert_close(y, results[0])
+    for ys in results[1:]:
+        for y, want in zip(ys, results[0], strict=True):
+            torch.testing.assert_close(y, want)
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.95])

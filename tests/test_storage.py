@@ -67,6 +67,51 @@ def test_round_trip_takes_over_another_pattern(tmp_path):
     assert torch.equal(model(x), other(x))  # the kernel schedules were made anew
 
 
+FORMATS = {"csr": "unstructured", "block": "block:4x4", "nm": "2:4"}
+
+
+def layer_of(format: str) -> SparseLinear:
+    sparsity = None if format == "nm" else 0.5
+    layer = SparseLinear(40, 30, pattern=FORMATS[format], sparsity=sparsity)
+    assert layer.weight.format == format
+    return layer
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_survives(tmp_path, format):
+    model, other = layer_of(format), layer_of(format)
+    save(model, tmp_path / "m")
+    load(other, tmp_path / "m")
+    assert same_state(model, other) and other.weight.pattern == FORMATS[format]
+    dense = nn.Linear(40, 30)
+    load(dense, tmp_path / "m")
+    assert torch.equal(dense.weight, model.to_dense().weight)
+    save(dense, tmp_path / "dense")
+    nn.init.zeros_(other.weight.values)
+    load(other, tmp_path / "dense")
+    assert same_state(model, other)
+    assert (tmp_path / "m").stat().st_size < 4 * 40 * 30
+
+
+@pytest.mark.parametrize(("there", "here"), [("nm", "csr"), ("block", "csr"), ("nm", "block")])
+def test_formats_meet(tmp_path, there, here):
+    model, other = layer_of(there), layer_of(here)
+    save(model, tmp_path / "m")
+    load(other, tmp_path / "m")
+    assert torch.equal(other.to_dense().weight, model.to_dense().weight)
+    x = torch.randn(3, 40)
+    torch.testing.assert_close(other(x), model(x))
+
+
+def test_a_format_that_cannot_hold_the_weight(tmp_path):
+    save(layer_of("csr"), tmp_path / "m")
+    other = layer_of("nm")
+    before = {k: v.clone() for k, v in other.state_dict().items()}
+    with pytest.raises(ValueError, match=r"load: expected a weight 'weight' that fits format nm"):
+        load(other, tmp_path / "m")
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes_survive(tmp_path, dtype):
     model = SparseLinear(40, 30, sparsity=0.8, dtype=torch.float32).to(dtype)

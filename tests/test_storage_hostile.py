@@ -16,6 +16,7 @@ from torch import nn
 
 from sparsekern.nn import SparseLinear
 from sparsekern.storage import load, save
+from sparsekern.storage_codec import check_header, decode, encode
 
 
 def same_state(a: nn.Module, b: nn.Module) -> bool:
@@ -63,8 +64,8 @@ HOSTILE = {
     "alias of a stored name": (put("h", "aliases", {"bias": "weight"}), "alias 'bias'"),
     "alias to a list": (put("h", "aliases", {"x": []}), "alias 'x' refers to"),
     "description a number": (lambda t, h: h["layers"].update(weight=3), "got 3"),
-    "unknown encoding": (put("l", "encoding", "zip"), "encoding one of csr, mask, got 'zip'"),
-    "encoding a list": (put("l", "encoding", []), "encoding one of csr, mask"),
+    "unknown encoding": (put("l", "encoding", "zip"), "csr, block, nm, mask, got 'zip'"),
+    "encoding a list": (put("l", "encoding", []), "encoding one of csr, block, nm, mask"),
     "unknown pattern": (put("l", "pattern", "spiral"), "expected a pattern"),
     "pattern a number": (put("l", "pattern", 4), "pattern as a string"),
     "negative shape": (put("l", "shape", [-20, 200]), "shape of 2 or 4 sizes"),
@@ -153,3 +154,29 @@ def test_not_a_safetensors_file(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"no valid safetensors file"):
         load(nn.Linear(2, 2), path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "part", "change", "message"),
+    [
+        ("2:4", "index", lambda t: t * 0, "positions that rise inside each group"),
+        ("2:4", "index", lambda t: t.int(), "in uint8, got torch.int32"),
+        ("2:4", "values", lambda t: t[:, 1:].clone(), "in floating point"),
+        ("block:4x4", "block_col", lambda t: t + 9, "BlockWeight: expected columns in"),
+        ("block:4x4", "block_crow", lambda t: t[1:].clone(), "crow of"),
+        ("block:4x4", "values", lambda t: t[:, 0].clone(), "values .n_blocks, R, C."),
+    ],
+)
+def test_hostile_parts_of_block_and_nm(pattern, part, change, message):
+    sparsity = None if pattern == "2:4" else 0.5
+    layer = SparseLinear(16, 12, pattern=pattern, sparsity=sparsity)
+    header, parts = encode(layer.weight)
+    assert torch.equal(decode(header, parts).to_dense(), layer.weight.to_dense())
+    with pytest.raises(ValueError, match=message):
+        decode(header, {**parts, part: change(parts[part])})
+
+
+def test_nm_encoding_needs_an_nm_pattern():
+    header, _ = encode(SparseLinear(16, 12, pattern="2:4").weight)
+    with pytest.raises(ValueError, match="an N:M pattern with encoding nm, got 'unstructured'"):
+        check_header({**header, "pattern": "unstructured"})

@@ -3,140 +3,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "conv.h"
 #include "driver.h"
-#include "planes.h"
 #include "reference.h"
 
 namespace sparsekern {
 namespace {
-
-struct Conv {
-  int64_t images, in_channels, height, width, out_channels, out_h, out_w, kernel_h, kernel_w,
-      groups;
-  std::vector<int64_t> stride, padding, dilation;
-  int64_t taps() const { return kernel_h * kernel_w; }
-  int64_t in_per_group() const { return in_channels / groups; }
-  int64_t out_per_group() const { return out_channels / groups; }
-  Axis forward_y() const {
-    return forward_axis(height, out_h, kernel_h, stride[0], padding[0], dilation[0]);
-  }
-  Axis forward_x() const {
-    return forward_axis(width, out_w, kernel_w, stride[1], padding[1], dilation[1]);
-  }
-  Axis backward_y() const {
-    return backward_axis(out_h, height, kernel_h, stride[0], padding[0], dilation[0]);
-  }
-  Axis backward_x() const {
-    return backward_axis(out_w, width, kernel_w, stride[1], padding[1], dilation[1]);
-  }
-};
-
-// The taps of both directions for the float64 reference. Forward: output position p reads
-// p * stride + tap * dilation - padding. The input gradient walks back: input position p takes from
-// (p + padding - tap * dilation) / stride where that is whole.
-std::vector<Tap> forward_taps(const Conv& c, int axis) {
-  std::vector<Tap> taps;
-  for (int64_t k = 0; k < (axis ? c.kernel_w : c.kernel_h); ++k)
-    taps.push_back({c.stride[axis], k * c.dilation[axis] - c.padding[axis], 1});
-  return taps;
-}
-std::vector<Tap> backward_taps(const Conv& c, int axis) {
-  std::vector<Tap> taps;
-  for (int64_t k = 0; k < (axis ? c.kernel_w : c.kernel_h); ++k)
-    taps.push_back({1, c.padding[axis] - k * c.dilation[axis], c.stride[axis]});
-  return taps;
-}
-
-// The padded planes of an image. `source` points into the layout held here and into scratch of the
-// calling thread or, where nothing needs padding, into the image itself.
-struct Planes {
-  PlaneLayout layout;
-  ImageSource source;
-};
-
-// A vector read at the end of the last plane must stay inside the buffer.
-constexpr int64_t kSlack = 16;
-
-void make_planes(const Tensor& image, int64_t images, int64_t channels, const Axis& y,
-                 const Axis& x, ScratchSlot slot, Planes* p) {
-  p->layout = plane_layout(y, x);
-  const bool plain = is_plain(y, x);
-  const int64_t taps = static_cast<int64_t>(p->layout.tap_offset.size());
-  const PlaneLayout& l = p->layout;
-  const float* src = image.const_data_ptr<float>();
-  const int64_t floats = images * channels * l.plane_size;
-  float* dst = plain ? nullptr : thread_scratch(slot, floats + kSlack);
-  p->source = {plain ? src : dst,   channels, l.plane_size, l.pitch, 0, taps,
-               l.tap_offset.data(), y.out,    x.out,        !plain};
-  if (plain) {  // rows of the grid follow each other without a gap: one long row
-    p->source.out_w = y.out * x.out;
-    p->source.out_h = 1;
-    return;
-  }
-  std::fill_n(dst + floats, kSlack, 0.f);
-  const PlaneAxis ay = plane_axis(y), ax = plane_axis(x);
-  const int64_t grain = std::max<int64_t>(1, 100000 / std::max<int64_t>(1, l.plane_size));
-  torch::stable::parallel_for(0, images * channels, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      kernels().fill_plane({src + i * y.size * x.size, dst + i * l.plane_size, ay, ax});
-  });
-}
-
-void check_pair(const std::string& op, const char* name, const std::vector<int64_t>& v,
-                int64_t least) {
-  if (v.size() != 2 || v[0] < least || v[1] < least) {
-    std::string have;
-    for (int64_t i : v) have += (have.empty() ? "" : ", ") + std::to_string(i);
-    fail(op, std::string(name) + " of two integers >= " + std::to_string(least), "(" + have + ")");
-  }
-}
-
-Conv make_conv(const std::string& op, int64_t images, int64_t in_channels, int64_t height,
-               int64_t width, int64_t rows, const std::vector<int64_t>& kernel,
-               const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-               const std::vector<int64_t>& dilation, int64_t groups) {
-  check_pair(op, "kernel_size", kernel, 1);
-  check_pair(op, "stride", stride, 1);
-  check_pair(op, "padding", padding, 0);
-  check_pair(op, "dilation", dilation, 1);
-  if (groups < 1 || in_channels % groups || rows % groups)
-    fail(op,
-         "groups that divide in_channels = " + std::to_string(in_channels) +
-             " and out_channels = " + std::to_string(rows),
-         std::to_string(groups));
-  const auto size = [&](int64_t n, int i) {
-    const int64_t span = n + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
-    if (span < 0)
-      fail(op, "an input at least as large as the kernel",
-           "input size " + std::to_string(n) + " with kernel_size " + std::to_string(kernel[i]));
-    return span / stride[i] + 1;
-  };
-  return {images,    in_channels, height, width,  rows,    size(height, 0), size(width, 1),
-          kernel[0], kernel[1],   groups, stride, padding, dilation};
-}
-
-// float64 by plain loops, group by group. `backward` walks from the output to the input.
-struct Reference {
-  std::vector<Tap> tap_y, tap_x;
-  ReferenceSource source;
-  int64_t rows, channels;  // per group: of the result, of the source
-};
-
-Reference make_reference(const Conv& c, const double* data, bool backward) {
-  Reference r;
-  r.tap_y = backward ? backward_taps(c, 0) : forward_taps(c, 0);
-  r.tap_x = backward ? backward_taps(c, 1) : forward_taps(c, 1);
-  r.source = {data,       0,          c.in_channels, c.height, c.width,        0,
-              c.kernel_h, c.kernel_w, c.out_h,       c.out_w,  r.tap_y.data(), r.tap_x.data()};
-  r.rows = c.out_per_group(), r.channels = c.in_per_group();
-  if (backward) {
-    std::swap(r.rows, r.channels);
-    r.source.channels = c.out_channels;
-    std::swap(r.source.height, r.source.out_h);
-    std::swap(r.source.width, r.source.out_w);
-  }
-  return r;
-}
 
 void spmm_double(const Conv& c, Reference r, const int32_t* crow, const int32_t* col,
                  const double* values, const double* bias, Activation act, const Sink& sink,
@@ -205,14 +77,6 @@ Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& crow,
                          groups,
                          c.in_per_group()});
   return to_dtype(y, x.scalar_type());
-}
-
-void check_grad(const std::string& op, const Tensor& grad, const Conv& c) {
-  check_dim(op, "grad", grad, 4);
-  check_size(op, "grad.size(0) = images", grad.size(0), c.images);
-  check_size(op, "grad.size(1) = out_channels", grad.size(1), c.out_channels);
-  check_size(op, "grad.size(2) = output height", grad.size(2), c.out_h);
-  check_size(op, "grad.size(3) = output width", grad.size(3), c.out_w);
 }
 
 Tensor csr_conv2d_grad_input_cpu(const Tensor& grad, const Tensor& values, const Tensor& crow,

@@ -76,7 +76,7 @@ static Tensor check_plan_tensor(const std::string& op, const char* name, const T
   return packed(t);
 }
 
-static PanelTokens panel_tokens() {
+PanelTokens panel_tokens() {
   return {kernels().width * panel_vectors(), kernels().width * kernels().sddmm_vectors};
 }
 
@@ -155,9 +155,6 @@ struct Scratch {
   ~Scratch() { std::free(data); }
 };
 
-// Below this many multiply-adds a second thread costs more than it brings.
-constexpr int64_t kSerialWork = 200000;
-
 // An image of this size is out of the caches before anybody reads it; written the usual way it is
 // read from memory first. See bench/NOTES.md.
 constexpr int64_t kStreamFloats = int64_t{8} << 18;  // 8 MiB
@@ -182,14 +179,14 @@ Split split_work(const PlanView& plan, int64_t tokens, int64_t groups) {
   return {token_parts, (chunk + width - 1) / width * width, row_parts, per_group};
 }
 
+}  // namespace
+
 Source shifted(const Source& s, ImageSource* image, int64_t channels) {
   if (s.matrix) return s;
   *image = *s.image;
   image->channel0 += channels;
   return {nullptr, image};
 }
-
-}  // namespace
 
 float* thread_scratch(ScratchSlot slot, int64_t floats) {
   static thread_local Scratch slots[kScratchSlots];

@@ -24,6 +24,9 @@ struct Pattern {
 Pattern check_pattern(const std::string& op, const Tensor& crow, const Tensor& col, int64_t nnz,
                       int64_t cols, int64_t groups = 1, int64_t taps = 1);
 
+// Of the table that runs.
+PanelTokens panel_tokens();
+
 // A plan that came as an argument, or one made here (which validates every index).
 struct PlanHolder {
   Tensor given;
@@ -87,5 +90,42 @@ Tensor to_dtype(const Tensor& t, ScalarType dtype);
 
 // A contiguous float32 (or float64) version of t; t itself when it is one already.
 Tensor as_contiguous(const Tensor& t, ScalarType dtype);
+
+// The shape of t with another last size; the product of all sizes but the last.
+inline std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) shape.push_back(t.size(i));
+  shape.push_back(last);
+  return shape;
+}
+
+inline int64_t tokens_of(const Tensor& x) {
+  int64_t n = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) n *= x.size(i);
+  return n;
+}
+
+// A source whose group of channels starts `channels` further; `image` holds it, if it is an image.
+Source shifted(const Source& s, ImageSource* image, int64_t channels);
+
+// Bias of the right size and dtype, contiguous in the type that is computed in.
+inline std::optional<Tensor> check_bias(const std::string& op, const std::optional<Tensor>& bias,
+                                        const Tensor& x, int64_t rows, const char* what) {
+  if (!bias) return std::nullopt;
+  check_operand(op, "bias", *bias, x);
+  check_dim(op, "bias", *bias, 1);
+  check_size(op, std::string("bias.size(0) = ") + what, bias->size(0), rows);
+  return as_contiguous(*bias, compute_type(x));
+}
+
+inline const float* data_or_null(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr<float>() : nullptr;
+}
+inline const double* double_or_null(const std::optional<Tensor>& t) {
+  return t ? t->const_data_ptr<double>() : nullptr;
+}
+
+// Below this many multiply-adds a second thread costs more than it brings.
+constexpr int64_t kSerialWork = 200000;
 
 }  // namespace sparsekern

@@ -142,6 +142,98 @@ struct SddmmArgs {
   float* scratch;  // plan.col_block * panel width floats
 };
 
+// A matrix in blocks of block_rows x block_cols, compressed by rows of blocks. For a convolution a
+// block lies at one kernel position: its column number is channel block * taps + tap. Rows and
+// channels need not be multiples of the block; what a block has beyond them is never read. Rows of
+// blocks start anew in each group.
+struct BlockView {
+  const int32_t* crow;             // (groups * block_rows_per_group() + 1,)
+  const int32_t* col;              // (n_blocks,), rising inside a row of blocks
+  int64_t rows, channels;          // rows of all groups, channels of one group
+  int64_t taps, groups, n_blocks;  // taps 1 for a matrix
+  int64_t block_rows, block_cols;
+  int64_t cols() const { return channels * taps; }
+  int64_t rows_per_group() const { return rows / groups; }
+  int64_t block_rows_per_group() const { return (rows_per_group() + block_rows - 1) / block_rows; }
+  int64_t channel_blocks() const { return (channels + block_cols - 1) / block_cols; }
+  // First row of row of blocks b, counted over all groups.
+  int64_t row_of(int64_t b) const {
+    const int64_t per_group = block_rows_per_group();
+    return b / per_group * rows_per_group() + b % per_group * block_rows;
+  }
+  // Rows of the matrix in rows of blocks [begin, end) of one group.
+  int64_t rows_in(int64_t begin, int64_t end) const {
+    const int64_t group_end = (begin / block_rows_per_group() + 1) * rows_per_group();
+    const int64_t full = (end - begin) * block_rows, left = group_end - row_of(begin);
+    return full < left ? full : left;
+  }
+};
+
+struct BlockArgs {
+  BlockView view;
+  const float* values;  // (n_blocks, block_rows, block_cols)
+  const float* bias;    // (rows,) or null
+  Activation activation;
+  Source source;
+  Sink sink;
+  int64_t begin, end;  // rows of blocks, all of one group
+  int64_t token_begin, token_end;
+  int64_t vectors;          // vectors of tokens per panel: 1, 2, 4 or 8
+  int64_t channel_blocks;   // per panel, so that it stays in the cache
+  int64_t row_blocks;       // rows of blocks whose sums are kept at once
+  float* scratch;           // block_scratch() floats, 64-byte aligned
+  int64_t panels() const {  // at least one, which starts the sums
+    const int64_t n = (view.channel_blocks() + channel_blocks - 1) / channel_blocks;
+    return n > 1 ? n : 1;
+  }
+};
+
+struct BlockSddmmArgs {
+  BlockView view;
+  const float* grad_panels;   // panels of the left operand made by fill_panel, one per token panel
+  int64_t grad_panel_stride;  // floats between two panels
+  Source source;              // the right operand
+  float* out;                 // (n_blocks, block_rows, block_cols), added to
+  int64_t begin, end;         // rows of blocks, all of one group
+  int64_t channel_block_begin, channel_block_end;
+  int64_t tokens;
+  float* scratch;  // columns of the range x panel width floats, then 2 * (end - begin) int32
+};
+
+// A matrix of which every group of `m` columns of a row keeps n. For a convolution the columns of a
+// group are input channels at one kernel position, and the slots of a row count (group of channels,
+// kernel position, n). `bits` bits of the index hold where in its group the value of a slot lies.
+struct NmView {
+  const uint8_t* index;    // (rows, row_bytes()), lowest bits first
+  int64_t rows, channels;  // rows of all groups of the convolution, channels of one
+  int64_t taps, groups, n, m;
+  int64_t bits() const { return m <= 4 ? 2 : 4; }
+  int64_t cols() const { return channels * taps; }
+  int64_t channel_groups() const { return (channels + m - 1) / m; }
+  int64_t slots() const { return channel_groups() * taps * n; }
+  int64_t row_bytes() const { return (slots() * bits() + 7) / 8; }
+  int64_t position(const uint8_t* row, int64_t slot) const {
+    const int64_t bit = slot * bits();
+    return row[bit >> 3] >> (bit & 7) & ((1 << bits()) - 1);
+  }
+};
+
+struct NmArgs {
+  NmView view;
+  const uint16_t* offset;  // (panels, rows, slots of a panel): column of a slot within its panel
+  const float* values;     // (rows, slots())
+  const float* bias;       // (rows,) or null
+  Activation activation;
+  Source source;
+  Sink sink;
+  int64_t row_begin, row_end;  // of one group
+  int64_t token_begin, token_end;
+  int64_t vectors;         // vectors of tokens per panel: 1, 2, 4 or 8
+  int64_t channel_groups;  // per panel, so that it stays in the L1 cache
+  int64_t row_block;       // rows whose sums are kept at once
+  float* scratch;          // nm_scratch() floats, 64-byte aligned
+};
+
 struct Kernels {
   const char* name;
   int64_t width;          // floats in a vector
@@ -167,6 +259,13 @@ struct Kernels {
   // y[t, r] = act(sum_k values[r, k] * x[t, k] + bias[r]) for rows [row_begin, row_end), few tokens
   void (*spmv)(const SpmvArgs&);
   double bitmap_density;  // share of stored weights from which on spmv runs faster from a bitmap
+  // The same three for blocks; sddmm adds to its output.
+  void (*block_spmm)(const BlockArgs&);
+  void (*block_spmv)(const BlockArgs&, const float* x, float* y);
+  void (*block_sddmm)(const BlockSddmmArgs&);
+  // The first two for N:M.
+  void (*nm_spmm)(const NmArgs&);
+  void (*nm_spmv)(const NmArgs&, const float* x, float* y);
 };
 
 extern const Kernels kernels_scalar;
@@ -183,6 +282,17 @@ inline int64_t spmm_scratch(const PlanView& plan, int64_t panel) {
     rows = n > rows ? n : rows;
   }
   return (blocks * plan.col_block + rows) * panel;
+}
+
+inline int64_t nm_scratch(const NmArgs& a, int64_t panel) {
+  const int64_t per_panel = a.channel_groups * a.view.m * a.view.taps;
+  const int64_t panels = (a.view.channel_groups() + a.channel_groups - 1) / a.channel_groups;
+  return (panels * per_panel + a.row_block) * panel;
+}
+
+inline int64_t block_scratch(const BlockArgs& a, int64_t panel) {
+  const int64_t per_panel = a.channel_blocks * a.view.block_cols * a.view.taps;
+  return (a.panels() * per_panel + a.row_blocks * a.view.block_rows) * panel + a.row_blocks;
 }
 
 }  // namespace sparsekern

@@ -5,8 +5,11 @@
 #include "csr.inl"
 #include "sddmm.inl"
 #include "spmv.inl"
+#include "block.inl"
+#include "nm.inl"
 
 namespace sparsekern {
-const Kernels kernels_scalar = {"scalar", Vec::N, 4,          kSddmmVectors, pack, unpack,
-                                spmm,     sddmm,  fill_panel, fill_plane,    spmv, 2};
+const Kernels kernels_scalar = {"scalar",   Vec::N,     4,           kSddmmVectors, pack,   unpack,
+                                spmm,       sddmm,      fill_panel,  fill_plane,    spmv,   2,
+                                block_spmm, block_spmv, block_sddmm, nm_spmm,       nm_spmv};
 }  // namespace sparsekern

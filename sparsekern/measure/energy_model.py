@@ -146,7 +146,7 @@ def _is_counted(module: nn.Module) -> bool:
 def _count_layer(name: str, module: nn.Module, given, output) -> LayerCount:
     sparse = bool(_class_names(module) & SPARSE_LAYERS)
     values = module.weight.values if sparse else module.weight
-    indices = (module.weight.crow, module.weight.col) if sparse else ()
+    indices = module.weight.indices() if sparse else ()
     bias = getattr(module, "bias", None)
     positions = output.numel() // max(_outputs(module), 1)
     return LayerCount(

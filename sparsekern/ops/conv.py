@@ -17,7 +17,7 @@ from ._library import (
 )
 
 CONV = "csr_conv2d"
-_GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
+GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
 
 
 def output_size(size, kernel_size, stride, padding, dilation):
@@ -79,7 +79,7 @@ def _conv_fake(
 
 csr_conv2d = define(
     "csr_conv2d(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias, Tensor? plan, "
-    f'Tensor? plan_t, {_GEOMETRY}, str activation="none") -> Tensor',
+    f'Tensor? plan_t, {GEOMETRY}, str activation="none") -> Tensor',
     _conv_reference,
     _conv_fake,
 )
@@ -110,7 +110,7 @@ def _grad_input_reference(
 
 csr_conv2d_grad_input = define(
     "csr_conv2d_grad_input(Tensor grad, Tensor values, Tensor crow, Tensor col, Tensor? plan_t, "
-    f"SymInt channels, SymInt height, SymInt width, {_GEOMETRY}) -> Tensor",
+    f"SymInt channels, SymInt height, SymInt width, {GEOMETRY}) -> Tensor",
     _grad_input_reference,
     lambda grad, values, crow, col, plan_t, channels, height, width, *geometry: grad.new_empty(
         (grad.shape[0], channels, height, width)
@@ -131,7 +131,7 @@ def _grad_values_reference(
 
 csr_conv2d_grad_values = define(
     "csr_conv2d_grad_values(Tensor grad, Tensor x, Tensor crow, Tensor col, Tensor? plan_t, "
-    f"{_GEOMETRY}) -> Tensor",
+    f"{GEOMETRY}) -> Tensor",
     _grad_values_reference,
     lambda grad, x, crow, col, plan_t, *geometry: x.new_empty((col.shape[0],)),
 )

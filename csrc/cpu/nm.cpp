@@ -1,0 +1,257 @@
+// N:M patterns: checks, plans and how the work is split over threads.
+#include "nm.h"
+
+#include <torch/csrc/stable/ops.h>
+
+namespace sparsekern {
+namespace {
+
+constexpr int32_t kNmMagic = 0x534b4e31;      // "SKN1"
+constexpr int32_t kNmTwinMagic = 0x534b4f31;  // "SKO1"
+
+// Measured in bench/NOTES.md: a panel of this many columns and 8 vectors stays in an L1 cache of
+// 32 KB beside the values, and the sums of the rows in the L2 cache.
+constexpr int64_t kNmPanelCols = 64, kNmVectors = 8;
+constexpr int64_t kNmRowsKept = 512;
+
+std::vector<int32_t> plan_header(const NmView& v, int32_t magic) {
+  std::vector<int32_t> h{magic};
+  for (int64_t n : {v.rows, v.channels, v.n, v.m, v.groups, v.taps})
+    h.push_back(static_cast<int32_t>(n));
+  h.resize(kPlanHeader);
+  return h;
+}
+
+// f(row, column in its group, slot counted over all rows).
+template <class F>
+void for_each_value(const NmView& v, F f) {
+  for (int64_t r = 0; r < v.rows; ++r) {
+    const uint8_t* code = v.index + r * v.row_bytes();
+    for (int64_t g = 0, slot = 0; g < v.channel_groups(); ++g)
+      for (int64_t tap = 0; tap < v.taps; ++tap)
+        for (int64_t i = 0; i < v.n; ++i, ++slot)
+          f(r, (g * v.m + v.position(code, slot)) * v.taps + tap, r * v.slots() + slot);
+  }
+}
+
+// Groups of channels in a panel.
+int64_t panel_groups(const NmView& v) {
+  return std::min(v.channel_groups(), std::max<int64_t>(1, kNmPanelCols / (v.m * v.taps)));
+}
+
+Tensor check_plan_tensor(const std::string& op, const char* name, const Tensor& t) {
+  check_cpu(op, name, t);
+  check_dtype(op, name, t, {ScalarType::Int});
+  check_dim(op, name, t, 1);
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
+
+std::vector<int32_t> build_twin(const NmView& v) {
+  const int64_t slots = v.slots(), nnz = v.rows * slots;
+  std::vector<int32_t> out = plan_header(v, kNmTwinMagic);
+  out.resize(kPlanHeader + nnz);
+  std::vector<int32_t> crow(v.rows + 1, 0), col(nnz);
+  int32_t* order = out.data() + kPlanHeader;
+  std::vector<std::pair<int32_t, int32_t>> found;
+  for_each_value(v, [&](int64_t, int64_t column, int64_t slot) {
+    found.push_back({static_cast<int32_t>(column), static_cast<int32_t>(slot)});
+  });
+  for (int64_t r = 0; r < v.rows; ++r) {
+    crow[r + 1] = static_cast<int32_t>((r + 1) * slots);
+    std::sort(found.begin() + r * slots, found.begin() + (r + 1) * slots);
+  }
+  for (int64_t i = 0; i < nnz; ++i) col[i] = found[i].first, order[i] = found[i].second;
+  auto transposed =
+      build_transposed(crow.data(), col.data(), v.rows, v.cols(), v.groups, v.taps, panel_tokens());
+  const TransposedShape t = transposed_shape(v.rows, v.cols(), v.groups, v.taps);
+  int32_t* perm = transposed.data() + kPlanHeader + t.rows + 1 + nnz;
+  for (int64_t i = 0; i < nnz; ++i) perm[i] = order[perm[i]];
+  out.insert(out.end(), transposed.begin(), transposed.end());
+  return out;
+}
+
+}  // namespace
+
+NmPattern check_nm_pattern(const std::string& op, const Tensor& index, const NmShape& s) {
+  check_cpu(op, "index", index);
+  check_dtype(op, "index", index, {ScalarType::Byte});
+  check_dim(op, "index", index, 2);
+  if (s.n < 1 || s.n >= s.m || s.m > 16)
+    fail(op, "1 <= n < m <= 16", std::to_string(s.n) + ":" + std::to_string(s.m));
+  if (s.groups < 1 || s.taps < 1)
+    fail(op, "groups and taps >= 1", std::to_string(std::min(s.groups, s.taps)));
+  if (s.rows % s.groups)
+    fail(op, "rows divisible by groups = " + std::to_string(s.groups), std::to_string(s.rows));
+  const int64_t tail = s.channels % s.m;
+  if (s.channels < 1 || (tail && tail < s.n))
+    fail(op, "groups of " + std::to_string(s.m) + " that hold " + std::to_string(s.n) + " each",
+         std::to_string(s.channels) + " columns");
+  if (s.m * s.taps > UINT16_MAX)
+    fail(op, "at most 65535 weights in a group with its kernel positions",
+         std::to_string(s.m * s.taps));
+  const Tensor packed = index.is_contiguous() ? index : torch::stable::contiguous(index);
+  const NmView v{packed.const_data_ptr<uint8_t>(), s.rows, s.channels, s.taps, s.groups, s.n, s.m};
+  check_size(op, "index.size(0) = rows", index.size(0), s.rows);
+  check_size(op, "index.size(1) = bytes of a row", index.size(1), v.row_bytes());
+  if (std::max(v.rows * v.slots(), v.cols()) > INT32_MAX)
+    fail(op, "fewer than 2^31 values", std::to_string(v.rows * v.slots()));
+  return {packed, v};
+}
+
+void check_nm_values(const std::string& op, const Tensor& values, const Tensor& like,
+                     const NmView& v) {
+  check_operand(op, "values", values, like);
+  check_dim(op, "values", values, 2);
+  check_size(op, "values.size(0) = rows", values.size(0), v.rows);
+  check_size(op, "values.size(1) = values of a row", values.size(1), v.slots());
+}
+
+void check_positions(const std::string& op, const NmView& v) {
+  int64_t before = -1;
+  for_each_value(v, [&](int64_t r, int64_t column, int64_t slot) {
+    const int64_t channel = column / v.taps, at = channel % v.m;
+    const int64_t group = slot % v.slots() / (v.n * v.taps);
+    const bool fits = channel < v.channels && channel / v.m == group;
+    if (!fits || (slot % v.n && channel <= before))
+      fail(op,
+           "index with positions that rise strictly inside each group and stay in [0, " +
+               std::to_string(std::min(v.m, v.channels - group * v.m)) + ")",
+           "position " + std::to_string(at) + " in group " + std::to_string(group) + " of row " +
+               std::to_string(r));
+    before = channel;
+  });
+}
+
+NmPlan get_nm_plan(const std::string& op, const NmPattern& p, const std::optional<Tensor>& plan) {
+  const NmView& v = p.view;
+  std::vector<int32_t> header = plan_header(v, kNmMagic);
+  const int64_t panel_cols = panel_groups(v) * v.m * v.taps;
+  header[kPlanHeader - 1] = static_cast<int32_t>(panel_cols);
+  const int64_t step = panel_groups(v) * v.taps * v.n;
+  const int64_t panels = (v.slots() + step - 1) / step;
+  const int64_t size = kPlanHeader + (panels * v.rows * step + 1) / 2;
+  NmPlan h;
+  const int32_t* data;
+  if (plan && plan->numel() > 0) {
+    h.given = check_plan_tensor(op, "plan", *plan);
+    data = h.given.const_data_ptr<int32_t>();
+    if (h.given.numel() != size || !std::equal(header.begin(), header.end(), data))
+      fail(op, "plan made by nm_plan for this pattern", "a plan of another pattern");
+  } else {
+    check_positions(op, v);
+    h.own = header;
+    h.own.resize(size);
+    uint16_t* offset = reinterpret_cast<uint16_t*>(h.own.data() + kPlanHeader);
+    for_each_value(v, [&](int64_t row, int64_t column, int64_t slot) {
+      const int64_t at = slot - row * v.slots();
+      offset[(at / step * v.rows + row) * step + at % step] =
+          static_cast<uint16_t>(column % panel_cols);
+    });
+    data = h.own.data();
+  }
+  h.offset = reinterpret_cast<const uint16_t*>(data + kPlanHeader);
+  return h;
+}
+
+NmTwin get_nm_twin(const std::string& op, const NmPattern& p, const std::optional<Tensor>& plan_t) {
+  NmTwin t;
+  const int32_t* data;
+  int64_t size;
+  if (plan_t && plan_t->numel() > 0) {
+    t.given = check_plan_tensor(op, "plan_t", *plan_t);
+    data = t.given.const_data_ptr<int32_t>(), size = t.given.numel();
+  } else {
+    check_positions(op, p.view);
+    t.own = build_twin(p.view);
+    data = t.own.data(), size = static_cast<int64_t>(t.own.size());
+  }
+  const NmView& v = p.view;
+  const std::vector<int32_t> want = plan_header(v, kNmTwinMagic);
+  const int64_t nnz = v.rows * v.slots(), head = kPlanHeader + nnz;
+  t.order = data + kPlanHeader;
+  const auto refuse = [&] {
+    fail(op, "plan_t made by nm_plan(transpose=True) for this pattern",
+         "a plan of another pattern");
+  };
+  if (size < head || !std::equal(want.begin(), want.end(), data)) refuse();
+  const TransposedShape shape = transposed_shape(v.rows, v.cols(), v.groups, v.taps);
+  if (!view_transposed(data + head, size - head, shape, nnz, v.groups, &t.transposed) ||
+      !view_values_plan(data + head, size - head, v.rows, v.cols(), nnz, v.groups, v.taps, &t.plan))
+    refuse();
+  return t;
+}
+
+void run_nm_spmm(const NmView& v, const uint16_t* offset, const Operands& o) {
+  if (o.tokens == 0 || v.rows == 0) return;
+  const int64_t vectors = kNmVectors, width = kernels().width, panel = vectors * width;
+  int64_t threads = torch::stable::get_num_threads();
+  if (v.rows * v.slots() * o.tokens < kSerialWork) threads = 1;
+  const int64_t token_parts = std::min(threads, std::max<int64_t>(1, o.tokens / panel));
+  const int64_t per_group = v.rows / v.groups, tasks = token_parts * v.groups;
+  const int64_t row_parts = std::min(per_group, (threads + tasks - 1) / tasks);
+  const int64_t part = (o.tokens + token_parts - 1) / token_parts;
+  const int64_t chunk = (part + width - 1) / width * width;
+  torch::stable::parallel_for(0, tasks * row_parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t rest = task / token_parts, row_part = rest % row_parts;
+      const int64_t group = rest / row_parts, t0 = std::min(o.tokens, task % token_parts * chunk);
+      ImageSource image;
+      NmArgs a{v,
+               offset,
+               o.values,
+               o.bias,
+               o.activation,
+               shifted(o.source, &image, group * o.channels_per_group),
+               o.sink,
+               group * per_group + row_part * per_group / row_parts,
+               group * per_group + (row_part + 1) * per_group / row_parts,
+               t0,
+               std::min(o.tokens, t0 + chunk),
+               vectors,
+               panel_groups(v),
+               std::min(per_group, kNmRowsKept),
+               nullptr};
+      a.scratch = thread_scratch(kTaskScratch, nm_scratch(a, panel));
+      kernels().nm_spmm(a);
+    }
+  });
+}
+
+void nm_spmm_reference(const NmView& v, const double* values, const double* bias,
+                       Activation activation, ReferenceSource source, const Sink& sink, double* out,
+                       int64_t tokens) {
+  for (int64_t r = 0; r < v.rows; ++r)
+    for (int64_t t = 0; t < tokens; ++t) out[sink_at(sink, t, r)] = bias ? bias[r] : 0;
+  for_each_value(v, [&](int64_t row, int64_t column, int64_t slot) {
+    source.channel0 = row / (v.rows / v.groups) * v.channels;
+    for (int64_t t = 0; t < tokens; ++t)
+      out[sink_at(sink, t, row)] += values[slot] * source_at(source, t, column);
+  });
+  for (int64_t i = 0; i < v.rows * tokens; ++i) out[i] = activate_reference(out[i], activation);
+}
+
+void nm_grad_input_reference(const NmView& v, const double* values, ReferenceSource source,
+                             const Sink& sink, double* out, int64_t tokens) {
+  std::fill_n(out, v.channels * v.groups * tokens, 0.0);
+  const int64_t per_group = v.rows / v.groups;
+  for_each_value(v, [&](int64_t row, int64_t column, int64_t slot) {
+    const int64_t group = row / per_group;
+    source.channel0 = group * per_group;
+    const int64_t channel = group * v.channels + column / v.taps;
+    const int64_t from = row % per_group * v.taps + column % v.taps;
+    for (int64_t t = 0; t < tokens; ++t)
+      out[sink_at(sink, t, channel)] += values[slot] * source_at(source, t, from);
+  });
+}
+
+void nm_grad_values_reference(const NmView& v, ReferenceSource source, const Sink& grad_layout,
+                              const double* grad, double* out, int64_t tokens) {
+  for_each_value(v, [&](int64_t row, int64_t column, int64_t slot) {
+    source.channel0 = row / (v.rows / v.groups) * v.channels;
+    out[slot] = 0;
+    for (int64_t t = 0; t < tokens; ++t)
+      out[slot] += grad[sink_at(grad_layout, t, row)] * source_at(source, t, column);
+  });
+}
+
+}  // namespace sparsekern

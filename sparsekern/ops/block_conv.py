@@ -1,0 +1,123 @@
+"""block_conv2d: convolution with a weight of dense blocks, and its two gradients.
+
+Shapes: x (n, in, h, w), the weight (out, in / groups, kh, kw) in blocks of R outputs x C inputs,
+each at one kernel position: values (n_blocks, R, C), crow (rows of blocks + 1,) int32, col
+(n_blocks,) int32, counting (block of inputs, kernel position); bias (out,). Rows of blocks start
+anew in each group. The result is contiguous (n, out, oh, ow). Geometry as nn.Conv2d defines it.
+"""
+
+import torch
+
+from ._library import activate, activation_backward, check_indices, define, save_for_gradients
+from .block import blocks_to_dense, check_values, dense_to_blocks
+from .conv import GEOMETRY, output_size
+
+CONV = "block_conv2d"
+
+
+def _dense_weight(op, values, crow, col, out_channels, in_channels, kernel_size, groups):
+    taps, channels = kernel_size[0] * kernel_size[1], in_channels // groups
+    dense = blocks_to_dense(op, values, crow, col, out_channels, channels, groups, taps)
+    return dense.view(out_channels, channels, *kernel_size)
+
+
+def _conv_reference(
+    x, values, crow, col, bias, plan, plan_t, out_channels,
+    kernel_size, stride, padding, dilation, groups, activation="none",
+):  # fmt: skip
+    weight = _dense_weight(CONV, values, crow, col, out_channels, x.shape[1], kernel_size, groups)
+    y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return activate(y, activation, CONV).contiguous()
+
+
+def _conv_fake(
+    x, values, crow, col, bias, plan, plan_t, out_channels,
+    kernel_size, stride, padding, dilation, groups, activation="none",
+):  # fmt: skip
+    check_values(CONV, x, values)
+    torch._check(x.dim() == 4, lambda: f"{CONV}: expected x with 4 dimensions, got {x.dim()}")
+    out = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    return x.new_empty((x.shape[0], out_channels, *out))
+
+
+block_conv2d = define(
+    "block_conv2d(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias, Tensor? plan, "
+    f'Tensor? plan_t, SymInt out_channels, {GEOMETRY}, str activation="none") -> Tensor',
+    _conv_reference,
+    _conv_fake,
+)
+
+
+def _grad_input_reference(
+    grad, values, crow, col, plan_t, channels, height, width,
+    kernel_size, stride, padding, dilation, groups,
+):  # fmt: skip
+    op = "block_conv2d_grad_input"
+    weight = _dense_weight(op, values, crow, col, grad.shape[1], channels, kernel_size, groups)
+    size = (grad.shape[0], channels, height, width)
+    return torch.nn.grad.conv2d_input(
+        size, weight, grad, stride, padding, dilation, groups
+    ).contiguous()
+
+
+block_conv2d_grad_input = define(
+    "block_conv2d_grad_input(Tensor grad, Tensor values, Tensor crow, Tensor col, Tensor? plan_t, "
+    f"SymInt channels, SymInt height, SymInt width, {GEOMETRY}) -> Tensor",
+    _grad_input_reference,
+    lambda grad, values, crow, col, plan_t, channels, height, width, *geometry: grad.new_empty(
+        (grad.shape[0], channels, height, width)
+    ),
+)
+
+
+def _grad_values_reference(
+    grad, x, crow, col, plan, block_rows, block_cols,
+    kernel_size, stride, padding, dilation, groups,
+):  # fmt: skip
+    channels, taps = x.shape[1] // groups, kernel_size[0] * kernel_size[1]
+    check_indices("block_conv2d_grad_values", crow, col, -(-channels // block_cols) * taps)
+    shape = (grad.shape[1], channels, *kernel_size)
+    dense = torch.nn.grad.conv2d_weight(x, shape, grad, stride, padding, dilation, groups)
+    return dense_to_blocks(dense.flatten(2), crow, col, (block_rows, block_cols), groups)
+
+
+block_conv2d_grad_values = define(
+    "block_conv2d_grad_values(Tensor grad, Tensor x, Tensor crow, Tensor col, Tensor? plan, "
+    f"SymInt block_rows, SymInt block_cols, {GEOMETRY}) -> Tensor",
+    _grad_values_reference,
+    lambda grad, x, crow, col, plan, block_rows, block_cols, *geometry: x.new_empty(
+        (col.shape[0], block_rows, block_cols)
+    ),
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, *rest = inputs[:7]
+    ctx.out_channels, *ctx.geometry, ctx.activation = inputs[7:]
+    ctx.input_size, ctx.block = x.shape[1:], rest[0].shape[1:]
+    save_for_gradients(ctx, x, *rest, output)
+
+
+def _backward(ctx, grad):
+    x, values, crow, col, bias, plan, plan_t, output = ctx.saved_tensors
+
+    def pre_activation():
+        return block_conv2d(
+            x, values, crow, col, bias, plan, None, ctx.out_channels, *ctx.geometry, "none"
+        )
+
+    grad = activation_backward(grad, ctx.activation, output, pre_activation)
+    needs = ctx.needs_input_grad
+    grad_x = grad_values = grad_bias = None
+    if needs[0]:
+        grad_x = block_conv2d_grad_input(
+            grad, values, crow, col, plan_t, *ctx.input_size, *ctx.geometry
+        )
+    if needs[1]:
+        grad_values = block_conv2d_grad_values(grad, x, crow, col, plan, *ctx.block, *ctx.geometry)
+    if needs[4]:
+        grad_bias = grad.sum((0, 2, 3))
+    return grad_x, grad_values, None, None, grad_bias, *[None] * 9
+
+
+torch.library.register_autograd("sparsekern::block_conv2d", _backward, setup_context=_setup_context)

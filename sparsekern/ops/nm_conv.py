@@ -1,0 +1,124 @@
+"""nm_conv2d: convolution whose weight keeps n of every m input channels at each kernel position.
+
+Shapes: x (n, in, h, w), the weight (out, in / groups, kh, kw) as values (out, slots), where slots
+count (group of m input channels, kernel position, n), and index as in nm_linear; bias (out,). The
+result is contiguous (n, out, oh, ow). Geometry as nn.Conv2d defines it.
+"""
+
+import torch
+
+from ._library import activate, activation_backward, define
+from .block import check_values
+from .conv import GEOMETRY, output_size
+from .nm import nm_to_dense, save_for_gradients, slot_columns, slot_count
+
+CONV = "nm_conv2d"
+
+
+def _dense_weight(op, values, index, in_channels, n, m, kernel_size, groups):
+    taps, channels = kernel_size[0] * kernel_size[1], in_channels // groups
+    dense = nm_to_dense(op, values, index, channels, n, m, taps)
+    return dense.view(values.shape[0], channels, *kernel_size)
+
+
+def _conv_reference(
+    x, values, index, bias, plan, plan_t, n, m,
+    kernel_size, stride, padding, dilation, groups, activation="none",
+):  # fmt: skip
+    weight = _dense_weight(CONV, values, index, x.shape[1], n, m, kernel_size, groups)
+    y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return activate(y, activation, CONV).contiguous()
+
+
+def _conv_fake(
+    x, values, index, bias, plan, plan_t, n, m,
+    kernel_size, stride, padding, dilation, groups, activation="none",
+):  # fmt: skip
+    check_values(CONV, x, values)
+    torch._check(x.dim() == 4, lambda: f"{CONV}: expected x with 4 dimensions, got {x.dim()}")
+    out = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
+    return x.new_empty((x.shape[0], index.shape[0], *out))
+
+
+nm_conv2d = define(
+    "nm_conv2d(Tensor x, Tensor values, Tensor index, Tensor? bias, Tensor? plan, Tensor? plan_t, "
+    f'int n, int m, {GEOMETRY}, str activation="none") -> Tensor',
+    _conv_reference,
+    _conv_fake,
+)
+
+
+def _grad_input_reference(
+    grad, values, index, plan_t, channels, height, width, n, m,
+    kernel_size, stride, padding, dilation, groups,
+):  # fmt: skip
+    op = "nm_conv2d_grad_input"
+    weight = _dense_weight(op, values, index, channels, n, m, kernel_size, groups)
+    size = (grad.shape[0], channels, height, width)
+    return torch.nn.grad.conv2d_input(
+        size, weight, grad, stride, padding, dilation, groups
+    ).contiguous()
+
+
+nm_conv2d_grad_input = define(
+    "nm_conv2d_grad_input(Tensor grad, Tensor values, Tensor index, Tensor? plan_t, "
+    f"SymInt channels, SymInt height, SymInt width, int n, int m, {GEOMETRY}) -> Tensor",
+    _grad_input_reference,
+    lambda grad, values, index, plan_t, channels, height, width, n, m, *geometry: grad.new_empty(
+        (grad.shape[0], channels, height, width)
+    ),
+)
+
+
+def _grad_values_reference(
+    grad, x, index, plan_t, n, m, kernel_size, stride, padding, dilation, groups
+):
+    taps, channels = kernel_size[0] * kernel_size[1], x.shape[1] // groups
+    columns = slot_columns("nm_conv2d_grad_values", index, channels, n, m, taps)
+    shape = (index.shape[0], channels, *kernel_size)
+    dense = torch.nn.grad.conv2d_weight(x, shape, grad, stride, padding, dilation, groups)
+    return dense.flatten(1).gather(1, columns)
+
+
+def _grad_values_fake(grad, x, index, plan_t, n, m, kernel_size, stride, padding, dilation, groups):
+    taps = kernel_size[0] * kernel_size[1]
+    return x.new_empty((index.shape[0], slot_count(x.shape[1] // groups, n, m, taps)))
+
+
+nm_conv2d_grad_values = define(
+    "nm_conv2d_grad_values(Tensor grad, Tensor x, Tensor index, Tensor? plan_t, int n, int m, "
+    f"{GEOMETRY}) -> Tensor",
+    _grad_values_reference,
+    _grad_values_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    x, *rest = inputs[:6]
+    ctx.nm = inputs[6:8]
+    *ctx.geometry, ctx.activation = inputs[8:]
+    ctx.input_size = x.shape[1:]
+    save_for_gradients(ctx, x, *rest, output)
+
+
+def _backward(ctx, grad):
+    x, values, index, bias, plan, plan_t, output = ctx.saved_tensors
+
+    def pre_activation():
+        return nm_conv2d(x, values, index, bias, plan, None, *ctx.nm, *ctx.geometry, "none")
+
+    grad = activation_backward(grad, ctx.activation, output, pre_activation)
+    needs = ctx.needs_input_grad
+    grad_x = grad_values = grad_bias = None
+    if needs[0]:
+        grad_x = nm_conv2d_grad_input(
+            grad, values, index, plan_t, *ctx.input_size, *ctx.nm, *ctx.geometry
+        )
+    if needs[1]:
+        grad_values = nm_conv2d_grad_values(grad, x, index, plan_t, *ctx.nm, *ctx.geometry)
+    if needs[3]:
+        grad_bias = grad.sum((0, 2, 3))
+    return grad_x, grad_values, None, grad_bias, *[None] * 10
+
+
+torch.library.register_autograd("sparsekern::nm_conv2d", _backward, setup_context=_setup_context)

@@ -1,0 +1,169 @@
+"""What every sparse weight is: a module with plain dense tensors, whatever its format.
+
+No tensor subclass and no sparse-layout tensor, so that optimizers, deepcopy, pickle, `.to()`, DDP
+and torch.compile work unaided. `values` is an ordinary parameter; the indices are buffers.
+"""
+
+import torch
+from torch import Tensor, nn
+
+INT32_MAX = 2**31 - 1
+
+
+class SparseWeight(nn.Module):
+    """The surviving weights of a layer; one subclass per format.
+
+    Attributes:
+        format: Name of the format.
+        parts: Names of the tensors that make up the state, `values` first.
+        values: Parameter, the stored weights.
+        shape: Shape of the dense weight, `(out, in)` or `(out, in / groups, kh, kw)`.
+        pattern: The pattern the nonzeros follow, as `sparsekern.patterns.parse` takes it.
+        groups: Groups of the convolution, 1 for a linear layer.
+        plan, plan_t: Schedules of the kernels, derived from the indices, not in the state_dict.
+            `plan_t` serves the gradients and is made by `prepare_training`.
+    """
+
+    format = ""
+    parts: tuple[str, ...] = ()
+
+    def _set_up(self, shape, pattern, groups, plans: bool, values, **indices) -> None:
+        """Take over checked parts; `plans=False` leaves a weight that only holds them."""
+        nn.Module.__init__(self)
+        self.shape = torch.Size(shape)
+        self.pattern = str(pattern)
+        self.groups = groups
+        self.values = values if isinstance(values, nn.Parameter) else nn.Parameter(values)
+        for name, index in indices.items():
+            self.register_buffer(name, index)
+        for name in ("plan", "plan_t"):
+            empty = torch.empty(0, dtype=torch.int32, device=values.device)
+            self.register_buffer(name, empty, persistent=False)
+        if plans:
+            self._make_plans(training=False)
+
+    @property
+    def nnz(self) -> int:
+        """Number of weights that are stored."""
+        return self.values.numel()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values; models that ask `layer.weight.dtype` get what they expect."""
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the values."""
+        return self.values.device
+
+    @property
+    def taps(self) -> int:
+        """Kernel positions of a convolution, 1 for a linear layer."""
+        return self.shape[2:].numel()
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights that are not stored."""
+        total = self.shape.numel()
+        return 1 - self.nnz / total if total else 0.0
+
+    def indices(self) -> tuple[Tensor, ...]:
+        """The buffers that say where the values belong."""
+        return tuple(self._buffers[name] for name in self.parts[1:])
+
+    def to_dense(self) -> Tensor:
+        """The dense weight, zeros where nothing is stored; differentiable in `values`."""
+        return self._dense(self.values)
+
+    def mask(self) -> Tensor:
+        """Boolean mask in the shape of the dense weight, True = stored."""
+        return self._dense(torch.ones_like(self.values, dtype=torch.bool))
+
+    def prepare_training(self):
+        """Make the schedule of the gradients once, instead of on every backward."""
+        self._make_plans(training=True)
+        return self
+
+    def take(self, other: "SparseWeight") -> None:
+        """Become a copy of a weight of the same format and shape, in the own dtype and device.
+
+        With another number of values, `values` is a new parameter.
+        """
+        self.load_state_dict({name: getattr(other, name) for name in self.parts})
+        self.pattern = other.pattern
+
+    def extra_repr(self) -> str:
+        """Shape, count and pattern."""
+        return f"{tuple(self.shape)}, nnz={self.nnz}, sparsity={self.sparsity:.3f}, {self.pattern}"
+
+    def gather(self, dense: Tensor) -> Tensor:
+        """The values, in the shape of `values`, of a dense weight at the stored positions."""
+        raise NotImplementedError
+
+    def _dense(self, values: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _check(self, parts: dict[str, Tensor]) -> None:
+        """Raise ValueError unless these parts make a weight of this shape."""
+        raise NotImplementedError
+
+    def _make_plans(self, training: bool) -> None:
+        if self.indices()[0].is_meta:
+            return
+        self.plan = self._plan(False)
+        if training:
+            self.plan_t = self._plan(True)
+
+    def _plan(self, transpose: bool) -> Tensor:
+        raise NotImplementedError
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """Take over a pattern with another number of values, after checking every index."""
+        parts = {name: state_dict.get(prefix + name) for name in self.parts}
+        complete = all(part is not None for part in parts.values())
+        if complete:
+            try:
+                self._check(parts)
+            except ValueError as error:
+                error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+                return
+            self._resize(parts)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if complete:
+            self._make_plans(training=self.plan_t.numel() > 0)
+
+    def _resize(self, parts: dict[str, Tensor]) -> None:
+        old = self.values
+        if parts["values"].shape != old.shape:
+            fresh = old.detach().new_zeros(parts["values"].shape)
+            self.values = nn.Parameter(fresh, requires_grad=old.requires_grad)
+        for name in self.parts[1:]:
+            if parts[name].shape != self._buffers[name].shape:
+                setattr(self, name, self._buffers[name].new_zeros(parts[name].shape))
+
+
+def dense_weight(op: str, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A dense weight without gradient and its boolean mask (nonzeros by default), checked.
+
+    Raises:
+        ValueError: The weight is no floating point tensor with data of 2 or 4 dimensions, or the
+            mask is no boolean one.
+    """
+
+    def check(condition, wanted, got):
+        if not condition:
+            raise ValueError(f"{op}: expected {wanted}, got {got}")
+
+    weight = weight.detach()
+    check(weight.dim() in (2, 4), "a weight of 2 or 4 dimensions", tuple(weight.shape))
+    check(weight.is_floating_point(), "a floating point weight", weight.dtype)
+    check(weight.numel() <= INT32_MAX, "fewer than 2^31 weights", weight.numel())
+    check(not weight.is_meta, "a weight with data", "one on the meta device")
+    kept = weight != 0 if mask is None else mask.reshape(weight.shape)
+    check(kept.dtype == torch.bool, "a boolean mask", kept.dtype)
+    return weight, kept
