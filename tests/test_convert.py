@@ -72,7 +72,7 @@ def test_tries_every_format_that_fits(one_thread, monkeypatch, pattern, formats,
     tried = []
     keep = convert._try_format
     monkeypatch.setattr(
-        convert, "_try_format", lambda *args: (tried.append(args[1]), keep(*args))[1]
+        convert, "_try_format", lambda *args: (tried.append(args[2]), keep(*args))[1]
     )
     x = torch.randn(256, 512)
     want = model(x)
