@@ -191,9 +191,19 @@ class CSRWeight(nn.Module):
             return
         cols = self.shape[1:].numel()
         args = (self.crow, self.col, cols, self.groups, self.taps)
-        self.plan = csr_plan(*args)
+        # Only the bfloat16 kernels read pairs of columns.
+        pairs = self.dtype == torch.bfloat16 and len(self.shape) == 2
+        self.plan = csr_plan(*args, False, pairs)
         if training:
             self.plan_t = csr_plan(*args, True)
+
+    def _apply(self, fn, recurse=True):
+        """As every module; a change to or from bfloat16 changes the schedule."""
+        before = self.dtype
+        super()._apply(fn, recurse)
+        if torch.bfloat16 in (before, self.dtype) and before != self.dtype:
+            self._make_plans(training=self.plan_t.numel() > 0)
+        return self
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

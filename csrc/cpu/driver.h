@@ -7,7 +7,7 @@
 #include "../check.h"
 #include "isa.h"
 #include "kernels.h"
-#include "plan.h"
+#include "pairs.h"
 
 namespace sparsekern {
 
@@ -29,8 +29,12 @@ struct PlanHolder {
   Tensor given;
   std::vector<int32_t> own;
   PlanView view;
+  std::optional<PairView> pairs;
 };
 PlanHolder get_plan(const std::string& op, const Pattern& p, const std::optional<Tensor>& plan);
+
+// A new plan with that of the pairs of columns, where this CPU can use it; a plain one elsewhere.
+std::vector<int32_t> make_pairs_plan(const std::string& op, const Pattern& p);
 
 // The plan of the weight gradient: `plan_t`, what csr_plan(transpose=True) made, holds one; any
 // other plan of the pattern does as well, with narrower blocks than the kernel likes.
@@ -64,6 +68,10 @@ struct Operands {
 
 // out = act(values * source + bias), split over threads.
 void run_spmm(const PlanView& plan, const Operands& operands);
+
+// As run_spmm for bfloat16: the source holds words of two, sink.data points to bfloat16, `values`
+// of the operands is not read.
+void run_spmm_pairs(const PairView& pairs, const uint16_t* values, const Operands& operands);
 
 // out[i] = <grad of row(i), source of col(i)>, split over threads.
 void run_sddmm(const PlanView& plan, const Operands& operands, const Source& grad, float* out);

@@ -8,5 +8,5 @@
 
 namespace sparsekern {
 const Kernels kernels_avx512 = {"avx512", Vec::N, 8,          kSddmmVectors, pack, unpack,
-                                spmm,     sddmm,  fill_panel, fill_plane,    spmv};
+                                spmm,     sddmm,  fill_panel, fill_plane,    spmv, nullptr};
 }  // namespace sparsekern

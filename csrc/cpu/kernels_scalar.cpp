@@ -7,5 +7,5 @@
 
 namespace sparsekern {
 const Kernels kernels_scalar = {"scalar", Vec::N, 4,          kSddmmVectors, pack, unpack,
-                                spmm,     sddmm,  fill_panel, fill_plane,    spmv};
+                                spmm,     sddmm,  fill_panel, fill_plane,    spmv, nullptr};
 }  // namespace sparsekern
