@@ -26,6 +26,7 @@ if platform.machine() in ("x86_64", "AMD64"):
         # gcc 12 takes the undefined operand of its own intrinsics for a mistake of ours
         *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),
     ]
+    ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16", "-mavx512vbmi2", "-mpopcnt"]
 
 
 class Build(BuildExtension):

@@ -48,8 +48,9 @@ def _linear(tokens, cols, rows, sparsity, *, bias=True, act="none", plan=True, k
         b = torch.randn(rows, dtype=torch.float64).to(dtype) if bias else None
         plans = (None, None)
         if plan:
-            args = (crow, col, cols, 1, 1)
-            plans = tuple(torch.ops.sparsekern.csr_plan(*args, t) for t in (False, True))
+            args, pairs = (crow, col, cols, 1, 1), dtype == torch.bfloat16
+            plans = tuple(torch.ops.sparsekern.csr_plan(*args, t, pairs and not t)
+                          for t in (False, True))  # fmt: skip
         return x, values.to(dtype), crow, col, b, *plans, act
 
     grads = (0, 1, 4) if bias else (0, 1)

@@ -73,11 +73,11 @@ SK_INLINE void finish_row(const RowSums& c, int64_t row, int64_t panel, int64_t 
 
 template <int R>
 SK_INLINE void add_products(const float* panel, float value, int64_t offset, Vec* acc) {
-  const Vec w = Vec::set(value);
+  const Vec w = broadcast(value);
   const float* x = panel + offset * (R * Vec::N);
   asm("" : "+r"(x));
 #pragma GCC unroll 8
-  for (int j = 0; j < R; ++j) acc[j] = fma(w, Vec::load(x + j * Vec::N), acc[j]);
+  for (int j = 0; j < R; ++j) acc[j] = add_product(w, Vec::load(x + j * Vec::N), acc[j]);
 }
 
 // Where the next run finds its values and offsets. Packed values follow each other; those of a CSR
@@ -142,7 +142,7 @@ SK_INLINE void run_tile(const Run* runs, Stream& stream, const float* panel, con
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u) {
         const Vec w = Vec::set(v[u][i]);
-        for (int j = 0; j < H; ++j) acc[u][j] = fma(w, x[j], acc[u][j]);
+        for (int j = 0; j < H; ++j) acc[u][j] = add_product(w, x[j], acc[u][j]);
       }
     }
     for (int u = 0; u < U; ++u) finish_row<H>(c, runs[u].row, R * Vec::N, h * Vec::N, acc[u]);
@@ -153,7 +153,7 @@ template <int R>
 void run_block(const Run* run, const Run* end, int32_t tiles, Stream stream, const float* panel,
                const RowSums& c) {
   for (int32_t i = 0; i < tiles; ++i, run += kTileRows) run_tile<R>(run, stream, panel, c);
-  constexpr int U = R >= 3 ? 1 : 4 / R;
+  constexpr int U = 4 * R >= 3 * kSums ? 1 : kSums / R;
   for (; run + U <= end; run += U) {
     // Rows come in order of their counts, so unpacked values do not stream: fetch ahead.
     if (!stream.packed)
@@ -170,9 +170,9 @@ SK_INLINE void store_matrix(const Sink& s, const float* sums, int64_t row0, int6
   constexpr int64_t P = R * Vec::N;
   for (int64_t t = 0; t < n; t += Vec::N)
     for (int64_t r = 0; r < rows; r += Vec::N)
-      transpose_tile(sums + r * P + t, P, rows - r < Vec::N ? rows - r : Vec::N,
-                     s.data + (t0 + t) * s.stride + s.row_offset + row0 + r, s.stride,
-                     n - t < Vec::N ? n - t : Vec::N, false);
+      store_tile(sums + r * P + t, P, rows - r < Vec::N ? rows - r : Vec::N, s.data,
+                 (t0 + t) * s.stride + s.row_offset + row0 + r, s.stride,
+                 n - t < Vec::N ? n - t : Vec::N);
 }
 
 // Whether rows of n floats from p on can be written around the caches: whole lines only.
@@ -277,6 +277,8 @@ void spmm(const SpmmArgs& a) {
 // Runs are short and lie all over the CSR matrix: fetch them this many ahead.
 constexpr int64_t kPackAhead = 24;
 
+#if !defined(SPARSEKERN_BF16)
+
 void pack(const PlanView& plan, const float* values, const int32_t* perm, float* out,
           int64_t group_begin, int64_t group_end) {
   float* p = out + plan.value_start[group_begin];
@@ -308,6 +310,8 @@ void unpack(const PlanView& plan, const float* packed, float* values, int64_t gr
     p += run->count;
   }
 }
+
+#endif  // SPARSEKERN_BF16
 
 }  // namespace
 }  // namespace sparsekern

@@ -95,11 +95,22 @@ PlanHolder get_plan(const std::string& op, const Pattern& p, const std::optional
       append_spmv(&h.own, p.crow_data(), p.col_data(), p.rows, p.cols, kernels().bitmap_density);
     data = h.own.data(), size = static_cast<int64_t>(h.own.size());
   }
+  PairView pairs;
+  const bool given_pairs = size >= kPlanHeader && data[0] == kPairsMagic;
+  const bool fits = !given_pairs || view_pairs(&data, &size, p.rows, p.cols, &pairs);
+  if (given_pairs && fits) h.pairs = pairs;
   if (size > 2 && data[0] == kPlanMagic && data[2] != p.cols && p.taps == 1)
     fail(op, "x.size(-1) = in_features = " + std::to_string(data[2]), std::to_string(p.cols));
-  if (!view_plan(data, size, p.rows, p.cols, p.nnz, p.groups, &h.view))
+  if (!fits || !view_plan(data, size, p.rows, p.cols, p.nnz, p.groups, &h.view))
     fail(op, "plan made by csr_plan for this pattern", "a plan of another pattern");
   return h;
+}
+
+std::vector<int32_t> make_pairs_plan(const std::string& op, const Pattern& p) {
+  std::vector<int32_t> plan = get_plan(op, p, std::nullopt).own;
+  if (!kernels().pairs) return plan;
+  return append_pairs(plan, p.crow_data(), p.col_data(), p.rows, p.cols,
+                      kernels().width * kernels().pairs->vectors);
 }
 
 PlanHolder get_values_plan(const std::string& op, const Pattern& p,
@@ -163,8 +174,8 @@ struct Split {
   int64_t token_parts, token_chunk, row_parts, blocks_per_group;
 };
 
-Split split_work(const PlanView& plan, int64_t tokens, int64_t groups) {
-  const int64_t panel = kernels().width * panel_vectors();
+Split split_work(const PlanView& plan, int64_t tokens, int64_t groups, int64_t vectors) {
+  const int64_t panel = kernels().width * vectors;
   const int64_t per_group = groups ? plan.n_row_blocks / groups : 0;
   int64_t threads = torch::stable::get_num_threads();
   if (plan.nnz * tokens < kSerialWork) threads = 1;
@@ -223,10 +234,10 @@ static const float* pack_values(const PlanView& plan, const Operands& o) {
   return packed;
 }
 
-void run_spmm(const PlanView& plan, const Operands& o) {
-  if (o.tokens == 0 || plan.rows == 0) return;
-  const Split s = split_work(plan, o.tokens, o.groups);
-  const float* packed = pack_values(plan, o);
+// Splits a product over threads; `packed` may be null.
+static void run_panels(const PlanView& plan, const Operands& o, const float* packed,
+                       int64_t vectors, void (*spmm)(const SpmmArgs&)) {
+  const Split s = split_work(plan, o.tokens, o.groups, vectors);
   Sink sink = o.sink;
   sink.stream = !sink.token_major && o.tokens * sink.stride >= kStreamFloats;
   const int64_t tasks = s.token_parts * s.row_parts * o.groups;
@@ -247,12 +258,29 @@ void run_spmm(const PlanView& plan, const Operands& o) {
                  group * s.blocks_per_group + (row_part + 1) * s.blocks_per_group / s.row_parts,
                  t0,
                  std::min(o.tokens, t0 + s.token_chunk),
-                 panel_vectors(),
+                 vectors,
                  nullptr};
       a.scratch = thread_scratch(kTaskScratch, spmm_scratch(plan, a.vectors * kernels().width));
-      kernels().spmm(a);
+      spmm(a);
     }
   });
+}
+
+void run_spmm(const PlanView& plan, const Operands& o) {
+  if (o.tokens == 0 || plan.rows == 0) return;
+  run_panels(plan, o, pack_values(plan, o), panel_vectors(), kernels().spmm);
+}
+
+void run_spmm_pairs(const PairView& pairs, const uint16_t* values, const Operands& o) {
+  const PlanView& plan = pairs.plan;
+  if (o.tokens == 0 || plan.rows == 0) return;
+  const PairKernels& k = *kernels().pairs;
+  float* packed = thread_scratch(kPacked, plan.nnz);
+  const int64_t n = plan.n_row_blocks * plan.n_col_blocks;
+  torch::stable::parallel_for(0, n, pack_grain(plan), [&](int64_t begin, int64_t end) {
+    k.pack(pairs, values, packed, begin, end);
+  });
+  run_panels(plan, o, packed, k.vectors, k.spmm);
 }
 
 void run_sddmm(const PlanView& plan, const Operands& o, const Source& grad, float* out) {

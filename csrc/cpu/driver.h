@@ -7,7 +7,7 @@
 #include "../check.h"
 #include "isa.h"
 #include "kernels.h"
-#include "plan.h"
+#include "pairs.h"
 
 namespace sparsekern {
 
@@ -32,8 +32,12 @@ struct PlanHolder {
   Tensor given;
   std::vector<int32_t> own;
   PlanView view;
+  std::optional<PairView> pairs;
 };
 PlanHolder get_plan(const std::string& op, const Pattern& p, const std::optional<Tensor>& plan);
+
+// A new plan with that of the pairs of columns, where this CPU can use it; a plain one elsewhere.
+std::vector<int32_t> make_pairs_plan(const std::string& op, const Pattern& p);
 
 // The plan of the weight gradient: `plan_t`, what csr_plan(transpose=True) made, holds one; any
 // other plan of the pattern does as well, with narrower blocks than the kernel likes.
@@ -73,6 +77,9 @@ bool few_tokens(const PlanView& plan, int64_t tokens);
 
 // As run_spmm for a matrix (tokens, cols) and few tokens.
 void run_few(const PlanView& plan, const int32_t* crow, const Operands& operands);
+// As run_spmm for bfloat16: the source holds words of two, sink.data points to bfloat16, `values`
+// of the operands is not read.
+void run_spmm_pairs(const PairView& pairs, const uint16_t* values, const Operands& operands);
 
 // out[i] = <grad of row(i), source of col(i)>, split over threads.
 void run_sddmm(const PlanView& plan, const Operands& operands, const Source& grad, float* out);

@@ -20,10 +20,26 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+         __builtin_cpu_supports("avx512vbmi2");
+}
+
+// The avx512 table with products of bfloat16 pairs.
+const Kernels& avx512bf16() {
+  static const Kernels table = [] {
+    Kernels k = kernels_avx512;
+    k.name = "avx512bf16";
+    k.pairs = &pair_kernels_avx512bf16;
+    return k;
+  }();
+  return table;
+}
 #endif
 
 const Kernels* best() {
 #if defined(__x86_64__)
+  if (has_avx512bf16()) return &avx512bf16();
   if (has_avx512()) return &kernels_avx512;
   if (has_avx2()) return &kernels_avx2;
 #endif
@@ -64,6 +80,7 @@ std::vector<std::string> available_isas() {
 #if defined(__x86_64__)
   if (has_avx2()) names.push_back("avx2");
   if (has_avx512()) names.push_back("avx512");
+  if (has_avx512bf16()) names.push_back("avx512bf16");
 #endif
   return names;
 }
@@ -75,6 +92,7 @@ bool set_cpu_isa(const std::string& name) {
 #if defined(__x86_64__)
     if (name == "avx2") k = &kernels_avx2;
     if (name == "avx512") k = &kernels_avx512;
+    if (name == "avx512bf16") k = &avx512bf16();
 #endif
     chosen.store(k, std::memory_order_relaxed);
     return true;

@@ -52,6 +52,15 @@ struct PlanView {
   SpmvView spmv;
 };
 
+// Pairs of columns for the bfloat16 kernels, see pairs.h: column j of `plan` stands for the columns
+// 2j and 2j + 1 of the matrix. A value is a word of two bfloat16, the first one in the low half,
+// zero where it is not stored. Run::start counts stored values of the matrix.
+struct PairView {
+  PlanView plan;
+  // 2 bits per pair in the order of the runs: the first (low bit) and the second one is stored
+  const uint8_t* stored;
+};
+
 // Where the dense operand comes from. "Token" t is a row of a matrix, or an output pixel of an
 // image.
 struct MatrixSource {
@@ -234,6 +243,17 @@ struct NmArgs {
   float* scratch;          // nm_scratch() floats, 64-byte aligned
 };
 
+// Products of bfloat16 pairs, summed in float32.
+struct PairKernels {
+  int64_t vectors;  // vectors of tokens per panel that run best
+  // out[i] = the words of two values for the groups [group_begin, group_end)
+  void (*pack)(const PairView& pairs, const uint16_t* values, float* out, int64_t group_begin,
+               int64_t group_end);
+  // As Kernels::spmm for a matrix: args.plan is that of the pairs, the source and `packed` hold
+  // words of two bfloat16, sink.data points to bfloat16 and is counted in them.
+  void (*spmm)(const SpmmArgs&);
+};
+
 struct Kernels {
   const char* name;
   int64_t width;          // floats in a vector
@@ -266,12 +286,14 @@ struct Kernels {
   // The first two for N:M.
   void (*nm_spmm)(const NmArgs&);
   void (*nm_spmv)(const NmArgs&, const float* x, float* y);
+  const PairKernels* pairs;  // null where the instructions are missing
 };
 
 extern const Kernels kernels_scalar;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const PairKernels pair_kernels_avx512bf16;
 #endif
 
 inline int64_t spmm_scratch(const PlanView& plan, int64_t panel) {

@@ -10,7 +10,7 @@
 #include "nm.inl"
 
 namespace sparsekern {
-const Kernels kernels_avx2 = {"avx2",     Vec::N,     8,           kSddmmVectors, pack,   unpack,
-                              spmm,       sddmm,      fill_panel,  fill_plane,    spmv,   0.22,
-                              block_spmm, block_spmv, block_sddmm, nm_spmm,       nm_spmv};
+const Kernels kernels_avx2 = {"avx2",     Vec::N,     8,           kSddmmVectors, pack,    unpack,
+                              spmm,       sddmm,      fill_panel,  fill_plane,    spmv,    0.22,
+                              block_spmm, block_spmv, block_sddmm, nm_spmm,       nm_spmv, nullptr};
 }  // namespace sparsekern

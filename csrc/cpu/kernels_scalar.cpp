@@ -9,7 +9,7 @@
 #include "nm.inl"
 
 namespace sparsekern {
-const Kernels kernels_scalar = {"scalar",   Vec::N,     4,           kSddmmVectors, pack,   unpack,
-                                spmm,       sddmm,      fill_panel,  fill_plane,    spmv,   2,
-                                block_spmm, block_spmv, block_sddmm, nm_spmm,       nm_spmv};
+const Kernels kernels_scalar = {
+    "scalar",   Vec::N, 4, kSddmmVectors, pack,       unpack,      spmm,    sddmm,   fill_panel,
+    fill_plane, spmv,   2, block_spmm,    block_spmv, block_sddmm, nm_spmm, nm_spmv, nullptr};
 }  // namespace sparsekern

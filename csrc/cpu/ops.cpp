@@ -22,6 +22,43 @@ int64_t tokens_of(const Tensor& x) {
   return n;
 }
 
+// The words of two bfloat16 of each token; copied with a zero at the end where the columns are odd.
+const float* paired_tokens(const Tensor& x, int64_t tokens, int64_t cols) {
+  const uint16_t* data = static_cast<const uint16_t*>(x.const_data_ptr());
+  if (cols % 2 == 0) return reinterpret_cast<const float*>(data);
+  float* out = thread_scratch(kPlanes, tokens * (cols + 1) / 2);
+  uint16_t* words = reinterpret_cast<uint16_t*>(out);
+  for (int64_t t = 0; t < tokens; ++t, words += cols + 1) {
+    std::copy_n(data + t * cols, cols, words);
+    words[cols] = 0;
+  }
+  return out;
+}
+
+// bfloat16 as it is: the products of pairs of columns are summed in float32 and rounded once.
+Tensor linear_pairs(const Tensor& x, const Tensor& values, const std::optional<Tensor>& bias,
+                    const PairView& pairs, Activation activation) {
+  const Tensor xc = as_contiguous(x, ScalarType::BFloat16);
+  const Tensor vc = as_contiguous(values, ScalarType::BFloat16);
+  const int64_t cols = x.size(x.dim() - 1), tokens = tokens_of(x);
+  const Tensor y = empty_tensor(with_last(x, pairs.plan.rows), ScalarType::BFloat16);
+  Tensor bc;
+  if (bias) bc = as_contiguous(*bias, ScalarType::Float);
+  const MatrixSource matrix{paired_tokens(xc, tokens, cols), (cols + 1) / 2};
+  const Sink sink{static_cast<float*>(y.mutable_data_ptr()), true, pairs.plan.rows, 0, 0, false};
+  run_spmm_pairs(pairs, static_cast<const uint16_t*>(vc.const_data_ptr()),
+                 {nullptr,
+                  nullptr,
+                  bias ? bc.const_data_ptr<float>() : nullptr,
+                  activation,
+                  {&matrix, nullptr},
+                  sink,
+                  tokens,
+                  1,
+                  0});
+  return y;
+}
+
 Tensor csr_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& col,
                       const std::optional<Tensor>& bias, const std::optional<Tensor>& plan,
                       const std::optional<Tensor>&, const std::string& activation) {
@@ -39,6 +76,8 @@ Tensor csr_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& crow,
     check_size(op, "bias.size(0) = out_features", bias->size(0), p.rows);
   }
   const PlanHolder holder = get_plan(op, p, plan);
+  if (holder.pairs && kernels().pairs && x.scalar_type() == ScalarType::BFloat16 && tokens > 2)
+    return linear_pairs(x, values, bias, *holder.pairs, act);
   const ScalarType type = compute_type(x);
   const Tensor xc = as_contiguous(x, type), vc = as_contiguous(values, type);
   const std::optional<Tensor> bc =
@@ -123,7 +162,7 @@ Tensor csr_linear_grad_values_cpu(const Tensor& grad, const Tensor& x, const Ten
 }
 
 Tensor csr_plan_cpu(const Tensor& crow, const Tensor& col, int64_t cols, int64_t groups,
-                    int64_t taps, bool transpose) {
+                    int64_t taps, bool transpose, bool pairs) {
   const std::string op = "csr_plan";
   if (cols < 0) fail(op, "cols >= 0", std::to_string(cols));
   if (groups < 1 || taps < 1)
@@ -133,8 +172,12 @@ Tensor csr_plan_cpu(const Tensor& crow, const Tensor& col, int64_t cols, int64_t
     fail(op, "rows divisible by groups = " + std::to_string(groups), std::to_string(p.rows));
   if (cols % taps)
     fail(op, "cols divisible by taps = " + std::to_string(taps), std::to_string(cols));
-  std::vector<int32_t> own =
-      transpose ? get_transposed(op, p, std::nullopt).own : get_plan(op, p, std::nullopt).own;
+  if (pairs && (transpose || groups > 1 || taps > 1))
+    fail(op, "pairs only for the forward plan of a linear layer",
+         "transpose, groups or taps besides");
+  std::vector<int32_t> own = pairs       ? make_pairs_plan(op, p)
+                             : transpose ? get_transposed(op, p, std::nullopt).own
+                                         : get_plan(op, p, std::nullopt).own;
   const Tensor out = empty_tensor({static_cast<int64_t>(own.size())}, ScalarType::Int);
   std::copy(own.begin(), own.end(), out.mutable_data_ptr<int32_t>());
   return out;

@@ -311,6 +311,53 @@ SK_INLINE void transpose_tile(const float* src, int64_t src_stride, int64_t rows
   for (int64_t i = 0; i < cols; ++i) r[i].store(dst + i * dst_stride, pad ? Vec::N : rows);
 }
 
+#if defined(SPARSEKERN_BF16)
+
+// A lane of w and x holds two bfloat16: both products are added to the float32 sum. Subnormal
+// numbers count as zero.
+SK_INLINE Vec add_product(Vec w, Vec x, Vec sum) {
+  return {_mm512_dpbf16_ps(sum.v, (__m512bh)w.v, (__m512bh)x.v)};
+}
+// Through a general register: a broadcast from memory would take the place of a load of x.
+SK_INLINE Vec broadcast(float word) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &word, sizeof(bits));
+  asm("" : "+r"(bits));
+  return {_mm512_castsi512_ps(_mm512_set1_epi32(bits))};
+}
+constexpr int kSums = 8;  // independent sums that hide the latency of add_product
+
+// As transpose_tile into a bfloat16 matrix, from element `offset` on; rounds to nearest, ties to
+// even.
+SK_INLINE void store_tile(const float* src, int64_t src_stride, int64_t rows, float* matrix,
+                          int64_t offset, int64_t stride, int64_t cols) {
+  Vec r[Vec::N];
+  for (int64_t i = 0; i < Vec::N; ++i)
+    r[i] = i < rows ? Vec::load(src + i * src_stride, cols) : Vec::set(0.f);
+  transpose(r);
+  uint16_t* dst = reinterpret_cast<uint16_t*>(matrix) + offset;
+  const __mmask16 mask = static_cast<__mmask16>((1u << rows) - 1);
+  for (int64_t i = 0; i < cols; ++i)
+    _mm256_mask_storeu_epi16(dst + i * stride, mask, (__m256i)_mm512_cvtneps_pbh(r[i].v));
+}
+
+#else
+
+SK_INLINE Vec add_product(Vec w, Vec x, Vec sum) {
+  return fma(w, x, sum);
+}
+SK_INLINE Vec broadcast(float x) {
+  return Vec::set(x);
+}
+constexpr int kSums = 4;
+
+SK_INLINE void store_tile(const float* src, int64_t src_stride, int64_t rows, float* matrix,
+                          int64_t offset, int64_t stride, int64_t cols) {
+  transpose_tile(src, src_stride, rows, matrix + offset, stride, cols, false);
+}
+
+#endif
+
 // exp(x) for x <= 0 to about 1 ulp: 2^n * p(r), r = x - n ln 2, with ln 2 in two parts (Cody and
 // Waite 1980) and the Taylor polynomial of degree 7 on |r| <= ln(2) / 2. Below -87 the result is
 // under the smallest normal number and is clamped to it.

@@ -4,6 +4,11 @@ Shapes: x (..., in), values (nnz,), crow (out + 1,) int32, col (nnz,) int32 sort
 bias (out,). `plan` (forward) and `plan_t` (both gradients) are kernel schedules made by csr_plan;
 without them the op makes its own on each call, which also validates the indices. A plan vouches for
 the indices it was made of.
+
+A plan made with `pairs` also serves bfloat16 products of two columns at a time, on CPUs that have
+them (AVX512_BF16): sums in float32, rounded once. There an infinite or NaN input also reaches the
+rows that store only its neighbour in the pair (0 * inf, as in a dense layer), and subnormal numbers
+count as zero. Without it, and for one or two tokens, bfloat16 is computed in float32.
 """
 
 import torch
@@ -102,18 +107,18 @@ def _backward(ctx, grad):
 torch.library.register_autograd("sparsekern::csr_linear", _backward, setup_context=_setup_context)
 
 
-def _plan_reference(crow, col, cols, groups=1, taps=1, transpose=False):
+def _plan_reference(crow, col, cols, groups=1, taps=1, transpose=False, pairs=False):
     check_indices("csr_plan", crow, col, cols)
     return crow.new_empty((0,))  # the reference implementations need no schedule
 
 
-def _plan_fake(crow, col, cols, groups=1, taps=1, transpose=False):
+def _plan_fake(crow, col, cols, groups=1, taps=1, transpose=False, pairs=False):
     return crow.new_empty((torch.library.get_ctx().new_dynamic_size(),))
 
 
 csr_plan = define(
-    "csr_plan(Tensor crow, Tensor col, int cols, int groups=1, int taps=1, bool transpose=False) "
-    "-> Tensor",
+    "csr_plan(Tensor crow, Tensor col, int cols, int groups=1, int taps=1, bool transpose=False, "
+    "bool pairs=False) -> Tensor",
     _plan_reference,
     _plan_fake,
 )
