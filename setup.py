@@ -76,7 +76,10 @@ def extensions() -> list:
         "extra_compile_args": {"cxx": [*FLAGS, TORCH_TARGET]},
         "py_limited_api": True,
     }
-    cpu = ("ops", "conv", "block", "block_ops", "nm", "nm_ops", "driver", "few_tokens", "isa")
+    cpu = (
+        *("ops", "int8", "conv", "block", "block_ops", "nm", "nm_ops"),
+        *("driver", "few_tokens", "isa"),
+    )
     cpu = [f"csrc/cpu/{name}.cpp" for name in cpu]
     found = [CppExtension("sparsekern._C", [*cpu, "csrc/host/module.cpp"], **common)]
     cuda = sorted(str(p) for p in Path("csrc/cuda").glob("*.c*"))

@@ -23,8 +23,10 @@ from .prune import (
     sensitivity,
     slimming_penalty,
 )
+from .quantize import QuantizationReport, quantize
 from .storage import load, save
 from .weights import BlockWeight, CSRWeight, NMWeight
+from .weights_int8 import Int8CSRWeight
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,6 +48,8 @@ __all__ = [
     "fold_batchnorm",
     "ConversionReport",
     "LayerReport",
+    "quantize",
+    "QuantizationReport",
     "compare",
     "Comparison",
     "save",
@@ -55,6 +59,7 @@ __all__ = [
     "SparseConv2d",
     "BlockWeight",
     "CSRWeight",
+    "Int8CSRWeight",
     "NMWeight",
     "patterns",
     "cpu_isa",

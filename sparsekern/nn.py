@@ -89,7 +89,7 @@ class _SparseLayer(nn.Module):
         any floating dtype and the result goes out in autocast's, as from nn.Linear.
         """
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-            return x.to(self.weight.values.dtype), torch.get_autocast_dtype(x.device.type)
+            return x.to(self.weight.compute_dtype), torch.get_autocast_dtype(x.device.type)
         return x, None
 
 
@@ -344,8 +344,10 @@ def _sparsify(op, weight, sparsity, pattern, format, groups) -> SparseWeight:
 
 def _dense_twin(layer: _SparseLayer, dense: nn.Module, weight: Tensor) -> nn.Module:
     """Fill `dense`, made on the meta device, with `weight` and the bias of `layer`."""
-    dense.weight = nn.Parameter(weight, requires_grad=layer.weight.values.requires_grad)
     bias = layer.bias
+    if bias is not None:
+        weight = weight.to(bias.dtype)  # of int8 values it comes in float32
+    dense.weight = nn.Parameter(weight, requires_grad=layer.weight.values.requires_grad)
     dense.bias = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
     dense.train(layer.training)
     if layer.activation == "none":

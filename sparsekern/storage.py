@@ -91,8 +91,9 @@ def load(model: nn.Module, path: str | os.PathLike, strict: bool = True) -> Load
     weight in the file (with another number of nonzeros its `values` become a new parameter: make
     optimizers afterwards), and from a dense weight the values at its own positions. A dense layer
     gets a sparse weight with its zeros filled in. Tensors tied in the file are tied in the model.
-    Values are converted to the dtype and device of the model. Batch normalisations that are folded
-    in the file are folded in the model; which layers compute an activation is up to the model.
+    Values are converted to the dtype and device of the model, also from and to int8. Batch
+    normalisations that are folded in the file are folded in the model; which layers compute an
+    activation is up to the model.
 
     Args:
         model: A module with the layers of the saved one; changed in place.
@@ -343,8 +344,7 @@ def _gather(name: str, weight: SparseWeight, dense: Tensor) -> SparseWeight:
             f"load: expected the dense weight {name!r} to be zero outside the pattern of the "
             f"sparse layer, got {lost} nonzeros there; prune it first or load into a dense model"
         )
-    indices = (index.cpu() for index in weight.indices())
-    return type(weight)(values, *indices, weight.shape, weight.pattern, weight.groups, plans=False)
+    return weight.refilled(values)
 
 
 def _check_ties(targets, ready) -> None:

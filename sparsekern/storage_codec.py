@@ -3,6 +3,7 @@
 A CSR weight takes the smaller of two codes:
 `csr`: `crow` (int32) and `col`, in the narrowest unsigned type that holds every column.
 `mask`: `mask`, one bit per weight of the dense shape, row-major, lowest bit first.
+With int8 values they are named `csr_int8` and `mask_int8` and have `scales`, a float32 per row.
 The other formats are stored as they are, `block` and `nm` with the parts of their weights.
 """
 
@@ -13,8 +14,14 @@ from torch import Tensor
 from .patterns import NM, parse
 from .weight_base import INT32_MAX, SparseWeight
 from .weights import FORMATS, BlockWeight, CSRWeight, NMWeight
+from .weights_int8 import Int8CSRWeight
 
-PARTS = {**{name: weight.parts for name, weight in FORMATS.items()}, "mask": ("values", "mask")}
+PARTS = {
+    **{name: weight.parts for name, weight in FORMATS.items()},
+    "mask": ("values", "mask"),
+    "csr_int8": Int8CSRWeight.parts,
+    "mask_int8": ("values", "scales", "mask"),
+}
 
 
 def column_dtype(cols: int) -> torch.dtype:
@@ -37,6 +44,9 @@ def encode(weight: SparseWeight) -> tuple[dict, dict[str, Tensor]]:
     else:
         encoding, names = weight.format, weight.parts[1:]
         parts = {n: t.cpu().contiguous() for n, t in zip(names, weight.indices(), strict=True)}
+    if isinstance(weight, Int8CSRWeight):
+        encoding += "_int8"
+        parts["scales"] = weight.scales.cpu().contiguous()
     header = {"shape": list(weight.shape), "pattern": weight.pattern, "encoding": encoding}
     return header, {"values": values, **parts}
 
@@ -86,7 +96,7 @@ def decode(header: dict, parts: dict[str, Tensor]) -> SparseWeight:
     if encoding in ("block", "nm"):
         make = BlockWeight if encoding == "block" else NMWeight
         return make(values, *(parts[n] for n in names), shape, header["pattern"], plans=False)
-    if encoding == "mask":
+    if "mask" in parts:
         crow, col = _from_mask(parts["mask"], shape)
     else:
         crow, col = parts["crow"], parts["col"]
@@ -94,6 +104,9 @@ def decode(header: dict, parts: dict[str, Tensor]) -> SparseWeight:
         if col.dtype != wanted:
             raise ValueError(f"expected col of dtype {wanted}, got {col.dtype}")
         col = col.to(torch.int32)
+    if "scales" in parts:
+        index = (parts["scales"], crow, col)
+        return Int8CSRWeight(values, *index, shape, header["pattern"], plans=False)
     return CSRWeight(values, crow, col, shape, header["pattern"], plans=False)
 
 

@@ -55,7 +55,8 @@ def folded_like(model: nn.Module, names: list[str], stored) -> Iterator[None]:
         layer = modules.get(name)
         if attribute == "bias" and isinstance(layer, LAYERS) and layer.bias is None:
             weight = layer.weight
-            bias = torch.zeros(weight.shape[0], dtype=weight.dtype, device=weight.device)
+            dtype = getattr(weight, "compute_dtype", weight.dtype)  # int8 weights have float biases
+            bias = torch.zeros(weight.shape[0], dtype=dtype, device=weight.device)
             put(layer._parameters, "bias", nn.Parameter(bias))
     try:
         yield

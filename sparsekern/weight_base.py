@@ -16,7 +16,7 @@ class SparseWeight(nn.Module):
     Attributes:
         format: Name of the format.
         parts: Names of the tensors that make up the state, `values` first.
-        values: Parameter, the stored weights.
+        values: The stored weights: a parameter, or a buffer of integers, which nothing trains.
         shape: Shape of the dense weight, `(out, in)` or `(out, in / groups, kh, kw)`.
         pattern: The pattern the nonzeros follow, as `sparsekern.patterns.parse` takes it.
         groups: Groups of the convolution, 1 for a linear layer.
@@ -33,7 +33,10 @@ class SparseWeight(nn.Module):
         self.shape = torch.Size(shape)
         self.pattern = str(pattern)
         self.groups = groups
-        self.values = values if isinstance(values, nn.Parameter) else nn.Parameter(values)
+        if values.is_floating_point():
+            self.values = values if isinstance(values, nn.Parameter) else nn.Parameter(values)
+        else:
+            self.register_buffer("values", values)
         for name, index in indices.items():
             self.register_buffer(name, index)
         for name in ("plan", "plan_t"):
@@ -50,6 +53,11 @@ class SparseWeight(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the values; models that ask `layer.weight.dtype` get what they expect."""
+        return self.values.dtype
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the layer computes in, and the dtype an input should have."""
         return self.values.dtype
 
     @property
@@ -71,6 +79,15 @@ class SparseWeight(nn.Module):
     def indices(self) -> tuple[Tensor, ...]:
         """The buffers that say where the values belong."""
         return tuple(self._buffers[name] for name in self.parts[1:])
+
+    def refilled(self, values: Tensor) -> "SparseWeight":
+        """A weight on the CPU with other values at the same positions, without schedules.
+
+        Args:
+            values: On the CPU, floating point, in the shape of `values`.
+        """
+        indices = (index.cpu() for index in self.indices())
+        return type(self)(values, *indices, self.shape, self.pattern, self.groups, plans=False)
 
     def to_dense(self) -> Tensor:
         """The dense weight, zeros where nothing is stored; differentiable in `values`."""
@@ -138,13 +155,14 @@ class SparseWeight(nn.Module):
             self._make_plans(training=self.plan_t.numel() > 0)
 
     def _resize(self, parts: dict[str, Tensor]) -> None:
-        old = self.values
-        if parts["values"].shape != old.shape:
-            fresh = old.detach().new_zeros(parts["values"].shape)
-            self.values = nn.Parameter(fresh, requires_grad=old.requires_grad)
-        for name in self.parts[1:]:
-            if parts[name].shape != self._buffers[name].shape:
-                setattr(self, name, self._buffers[name].new_zeros(parts[name].shape))
+        for name in self.parts:
+            old = getattr(self, name)
+            if parts[name].shape == old.shape:
+                continue
+            fresh = old.detach().new_zeros(parts[name].shape)
+            if isinstance(old, nn.Parameter):
+                fresh = nn.Parameter(fresh, requires_grad=old.requires_grad)
+            setattr(self, name, fresh)
 
 
 def dense_weight(op: str, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

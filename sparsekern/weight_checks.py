@@ -45,6 +45,28 @@ def check_csr(values: Tensor, crow: Tensor, col: Tensor, shape) -> None:
     _check_rows("CSRWeight", values.numel(), crow, col, rows, cols)
 
 
+def check_int8(values: Tensor, scales: Tensor, crow: Tensor, col: Tensor, shape) -> None:
+    """Raise ValueError unless the parts are an int8 CSR of a linear weight of `shape`.
+
+    Args:
+        values: `(nnz,)`, int8.
+        scales: `(rows,)`, float32, finite and above 0; rows = shape[0].
+        crow: As for `check_csr`.
+        col: As for `check_csr`.
+        shape: Shape of the dense weight, two dimensions.
+    """
+    check = _checker("Int8CSRWeight")
+    check(len(shape) == 2, "the weight of a linear layer (out, in)", tuple(shape))
+    check(max(shape) <= INT32_MAX, "sizes below 2^31", tuple(shape))
+    check(values.dtype == torch.int8, "values of int8", values.dtype)
+    check(values.dim() == 1, "values (nnz,)", f"shape {tuple(values.shape)}")
+    fits = scales.dtype == torch.float32 and tuple(scales.shape) == (shape[0],)
+    check(fits, f"scales ({shape[0]},) of float32", f"{scales.dtype} {tuple(scales.shape)}")
+    if not scales.is_meta:
+        check(bool((scales.isfinite() & (scales > 0)).all()), "scales above 0", "others")
+    _check_rows("Int8CSRWeight", values.numel(), crow, col, *shape)
+
+
 def _check_rows(op: str, nnz: int, crow: Tensor, col: Tensor, rows: int, cols: int) -> None:
     check = _checker(op)
 

@@ -271,6 +271,17 @@ void run_spmm(const PlanView& plan, const Operands& o) {
   run_panels(plan, o, pack_values(plan, o), panel_vectors(), kernels().spmm);
 }
 
+void run_spmm_int8(const PlanView& plan, const int8_t* values, const float* scales,
+                   const Operands& o) {
+  if (o.tokens == 0 || plan.rows == 0) return;
+  float* packed = thread_scratch(kPacked, plan.nnz);
+  const int64_t n = plan.n_row_blocks * plan.n_col_blocks;
+  torch::stable::parallel_for(0, n, pack_grain(plan), [&](int64_t begin, int64_t end) {
+    kernels().pack_int8(plan, values, scales, packed, begin, end);
+  });
+  run_panels(plan, o, packed, panel_vectors(), kernels().spmm);
+}
+
 void run_spmm_pairs(const PairView& pairs, const uint16_t* values, const Operands& o) {
   const PlanView& plan = pairs.plan;
   if (o.tokens == 0 || plan.rows == 0) return;

@@ -81,6 +81,10 @@ void run_few(const PlanView& plan, const int32_t* crow, const Operands& operands
 // of the operands is not read.
 void run_spmm_pairs(const PairView& pairs, const uint16_t* values, const Operands& operands);
 
+// As run_spmm for int8 values and a scale per row, in the place of `values` of the operands.
+void run_spmm_int8(const PlanView& plan, const int8_t* values, const float* scales,
+                   const Operands& operands);
+
 // out[i] = <grad of row(i), source of col(i)>, split over threads.
 void run_sddmm(const PlanView& plan, const Operands& operands, const Source& grad, float* out);
 

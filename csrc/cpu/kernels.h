@@ -286,6 +286,12 @@ struct Kernels {
   // The first two for N:M.
   void (*nm_spmm)(const NmArgs&);
   void (*nm_spmv)(const NmArgs&, const float* x, float* y);
+  // As pack, of int8 values times the scale of their row.
+  void (*pack_int8)(const PlanView& plan, const int8_t* values, const float* scales, float* out,
+                    int64_t group_begin, int64_t group_end);
+  // out[i] = scales[row] * values[i] for the values of `rows` rows, in the order of the CSR matrix
+  void (*spread_int8)(const int32_t* crow, const int8_t* values, const float* scales, float* out,
+                      int64_t rows);
   const PairKernels* pairs;  // null where the instructions are missing
 };
 

@@ -3,13 +3,15 @@
 #include "panel.inl"
 #include "planes.inl"
 #include "csr.inl"
+#include "int8.inl"
 #include "sddmm.inl"
 #include "spmv.inl"
 #include "block.inl"
 #include "nm.inl"
 
 namespace sparsekern {
-const Kernels kernels_scalar = {
-    "scalar",   Vec::N, 4, kSddmmVectors, pack,       unpack,      spmm,    sddmm,   fill_panel,
-    fill_plane, spmv,   2, block_spmm,    block_spmv, block_sddmm, nm_spmm, nm_spmv, nullptr};
+const Kernels kernels_scalar = {"scalar", Vec::N,  4,          kSddmmVectors, pack,
+                                unpack,   spmm,    sddmm,      fill_panel,    fill_plane,
+                                spmv,     2,       block_spmm, block_spmv,    block_sddmm,
+                                nm_spmm,  nm_spmv, pack_int8,  spread_int8,   nullptr};
 }  // namespace sparsekern

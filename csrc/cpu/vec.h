@@ -33,6 +33,11 @@ struct Vec {
   SK_INLINE void store(float* p, int64_t n) const {
     _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
   }
+  // n int8 as floats
+  static SK_INLINE Vec load_int8(const int8_t* p, int64_t n) {
+    const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p);
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+  }
   SK_INLINE float sum() const { return _mm512_reduce_add_ps(v); }
 };
 
@@ -140,6 +145,14 @@ struct Vec {
     return {_mm256_maskload_ps(p, _mm256_andnot_si256(mask(first), mask(end)))};
   }
   SK_INLINE void store(float* p, int64_t n) const { _mm256_maskstore_ps(p, mask(n), v); }
+  static SK_INLINE Vec load_int8(const int8_t* p, int64_t n) {
+    uint64_t word = 0;
+    if (n == N) __builtin_memcpy(&word, p, N);
+    else
+      for (int64_t i = 0; i < n; ++i) word |= uint64_t{static_cast<uint8_t>(p[i])} << (8 * i);
+    return {
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(word))))};
+  }
   SK_INLINE float sum() const {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
@@ -235,6 +248,11 @@ struct Vec {
   }
   SK_INLINE void store(float* p, int64_t n) const {
     for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+  }
+  static SK_INLINE Vec load_int8(const int8_t* p, int64_t n) {
+    Vec r = set(0.f);
+    for (int64_t i = 0; i < n; ++i) r.v[i] = static_cast<float>(p[i]);
+    return r;
   }
   SK_INLINE float sum() const { return (v[0] + v[2]) + (v[1] + v[3]); }
 };

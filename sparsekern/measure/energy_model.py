@@ -47,10 +47,10 @@ class LayerCount:
 
     Attributes:
         name: the module's name in the model.
-        dtype: dtype of the weight.
+        dtype: dtype of the arithmetic; of the weight, but float32 where that is int8.
         macs: multiply-accumulates; for a sparse layer only those of stored values.
         index_reads: indices read, one integer addition each; 0 for a dense layer.
-        weight_bytes: bytes of values and bias.
+        weight_bytes: bytes of values, their scales if they are int8, and bias.
         index_bytes: bytes of indices.
         activation_bytes: bytes of the input read and the output written.
     """
@@ -146,15 +146,16 @@ def _is_counted(module: nn.Module) -> bool:
 def _count_layer(name: str, module: nn.Module, given, output) -> LayerCount:
     sparse = bool(_class_names(module) & SPARSE_LAYERS)
     values = module.weight.values if sparse else module.weight
+    scales = getattr(module.weight, "scales", None)  # of int8 values
     indices = module.weight.indices() if sparse else ()
     bias = getattr(module, "bias", None)
     positions = output.numel() // max(_outputs(module), 1)
     return LayerCount(
         name=name,
-        dtype=values.dtype,
+        dtype=module.weight.compute_dtype if sparse else values.dtype,
         macs=positions * values.numel(),
         index_reads=sum(i.numel() for i in indices),
-        weight_bytes=_bytes(values) + (_bytes(bias) if bias is not None else 0),
+        weight_bytes=sum(_bytes(t) for t in (values, scales, bias) if t is not None),
         index_bytes=sum(_bytes(i) for i in indices),
         activation_bytes=_bytes(given) + _bytes(output),
     )

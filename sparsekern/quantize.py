@@ -1,0 +1,167 @@
+"""quantize: sparse linear layers with int8 values, for inference."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+
+from .measure.structure import check_inputs, forward_call
+from .nn import SparseConv2d, SparseLinear
+from .sites import find_sparse
+from .weights import CSRWeight
+from .weights_int8 import Int8CSRWeight
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """One layer.
+
+    Attributes:
+        name: Name in the model, empty for the model itself.
+        shape: Shape of the dense weight.
+        bytes_before, bytes_after: Of values and scales.
+        error: Norm of the change of the output (before the activation) over its norm, on what the
+            layer gets in a run of the quantized model; None without inputs, or when not called.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    bytes_before: int
+    bytes_after: int
+    error: float | None
+
+
+@dataclass
+class QuantizationReport:
+    """The result of `quantize`.
+
+    Attributes:
+        layers: One row per layer that was quantized.
+        skipped: Name and reason of every sparse layer that was not.
+    """
+
+    layers: list[QuantizedLayer] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """All layers as a table."""
+        from .measure.table import text_table
+
+        cells = [
+            [
+                row.name or "(the model)", "x".join(map(str, row.shape)),
+                f"{row.bytes_before / 1e6:.3f}", f"{row.bytes_after / 1e6:.3f}",
+                "-" if row.error is None else f"{row.error:.2%}",
+            ]
+            for row in self.layers
+        ]  # fmt: skip
+        columns = ["layer", "weight", "MB before", "MB after", "output error"]
+        text = text_table("quantize, int8", columns, cells)
+        return "\n".join([text.rstrip("\n"), *(f"{n}: {r}" for n, r in self.skipped.items())])
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def quantize(model: nn.Module, example_inputs=None, dtype=torch.int8) -> QuantizationReport:
+    """Store the values of all sparse linear layers as int8, one scale per output; for inference.
+
+    A value then takes one byte instead of four. It is spread to float32 on every call, which many
+    tokens do not notice (they pack the values anyhow) and few tokens do; activations stay as they
+    are. Convolutions, dense layers and the formats block and nm are left.
+    `sk.to_dense`, `sk.save`, `sk.load`, state_dict and deepcopy work as before. The weights are
+    frozen: a layer in training mode raises, in eval mode gradients reach inputs and biases.
+
+    Args:
+        model: A model with sparse layers (`sk.convert_to_sparse`), or such a layer; changed in
+            place. Layers that share a weight go on sharing it.
+        example_inputs: As in `convert_to_sparse`; one run then measures the error of each layer.
+        dtype: torch.int8.
+
+    Returns:
+        Bytes and errors per layer.
+
+    Raises:
+        TypeError: example_inputs of another kind.
+        ValueError: another dtype, no sparse linear layer of format csr with float values, or a
+            weight that is not finite. The model is then unchanged.
+    """
+    if dtype != torch.int8:
+        raise ValueError(f"quantize: expected dtype torch.int8, got {dtype}")
+    if example_inputs is not None:
+        check_inputs(example_inputs, "quantize")
+    report, sites = QuantizationReport(), []
+    for site in find_sparse(model):
+        reason = _obstacle(site.module)
+        if reason:
+            report.skipped[site.name] = reason
+        else:
+            sites.append(site)
+    if not sites:
+        raise ValueError(
+            "quantize: expected a model with sparse linear layers, got "
+            + ("; ".join(f"{n}: {r}" for n, r in report.skipped.items()) or "none")
+        )
+    before = {site.name: site.module.weight for site in sites}
+    shared = {id(w): w for w in before.values()}
+    fresh = {key: Int8CSRWeight.from_weight(w) for key, w in shared.items()}
+    for site in sites:
+        site.module.weight = fresh[id(before[site.name])].train(site.module.training)
+    errors = _errors(model, sites, before, example_inputs)
+    for site in sites:
+        old, new = before[site.name], site.module.weight
+        sizes = (old.values.nbytes, new.values.nbytes + new.scales.nbytes)
+        report.layers.append(
+            QuantizedLayer(site.name, tuple(new.shape), *sizes, errors.get(site.name))
+        )
+    return report
+
+
+def _obstacle(layer: nn.Module) -> str:
+    if isinstance(layer, SparseConv2d):
+        return "convolutions keep their dtype"
+    if isinstance(layer.weight, Int8CSRWeight):
+        return "its values are int8 already"
+    if layer.weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"no int8 kernel for inputs of {layer.weight.dtype}"
+    if not isinstance(layer.weight, CSRWeight):
+        return f"no int8 kernel for format {layer.weight.format}"
+    return "its weight is on the meta device" if layer.weight.values.is_meta else ""
+
+
+def _errors(model, sites, before, inputs) -> dict[str, float]:
+    """Relative output error of each layer in one run of the quantized model, in eval mode."""
+    if inputs is None:
+        return {}
+    squares = {site.name: [0.0, 0.0] for site in sites}
+
+    def hook(site):
+        def compare(layer: SparseLinear, arguments, output):
+            x, bias = arguments[0], layer.bias
+            wide = before[site.name].to_dense().float()
+            exact = nn.functional.linear(x.float(), wide, None if bias is None else bias.float())
+            got = nn.functional.linear(
+                x.float(), layer.weight.to_dense(), None if bias is None else bias.float()
+            )
+            squares[site.name][0] += float((got - exact).double().square().sum())
+            squares[site.name][1] += float(exact.double().square().sum())
+
+        return compare
+
+    modes = {module: module.training for module in model.modules()}
+    handles = [site.module.register_forward_hook(hook(site)) for site in sites]
+    try:
+        with torch.inference_mode():
+            forward_call(model.eval(), inputs)()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes.items():
+            module.training = training
+    return {name: (e / y) ** 0.5 for name, (e, y) in squares.items() if y > 0}
