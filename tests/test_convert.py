@@ -100,7 +100,9 @@ def test_keeps_dense_where_sparse_loses(one_thread):
     sk.convert_to_sparse(model, x)
     assert "CSRWeight" not in kinds(model)
     assert torch.equal(model(x), before(x))
-    assert all("not faster" in row.reason for row in sk.report(model).layers)
+    # Not faster alone, or, where the clock said otherwise, not faster in the whole model.
+    reasons = [row.reason for row in sk.report(model).layers]
+    assert all("not faster" in reason or "reverted" in reason for reason in reasons)
 
 
 def test_a_dense_model_is_not_even_timed():
