@@ -44,8 +44,8 @@ def convert_to_sparse(
     lost. Layers keep exactly the zeros that are there. `sparsekern.report(model)` tells what
     happened to each layer.
 
-    For inference, batch normalisation is folded into the layer before it, and ReLU and GELU modules
-    go into the sparse layers whose output they read, exactly up to rounding. That is done where a
+    For inference, batch normalisation is folded into the layer before it, and ReLU, ReLU6 and GELU
+    modules go into the sparse layers whose output they read, exactly up to rounding, where a
     run of `example_inputs` shows that nothing else reads the tensor in between (see
     `fold_batchnorm`), needs a model in eval mode, and is checked on the outputs of the whole model.
     Max pools run by way of channels_last where that is faster, which changes no value. The modules
