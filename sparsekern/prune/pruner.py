@@ -226,7 +226,10 @@ class Pruner:
             self._job.method.generator.set_state(state["generator"])
 
     def finalize(self) -> PruneReport:
-        """Stop: remove masks and hooks. The zeros are in the weights, ready for conversion.
+        """Stop: remove hooks and masks. The zeros are in the weights, ready for conversion.
+
+        A mask stays beside a weight of which kept values are 0 by accident: `convert_to_sparse`
+        finds the pattern by it.
 
         Returns:
             The report.
