@@ -353,7 +353,7 @@ class Pruner:
             return pattern
         # A hair less, so that 2 of 4 at sparsity 0.5 does not round up to 3.
         kept = math.ceil((1 - sparsity) * pattern.m - 1e-6)
-        return None if kept >= pattern.m else NM(max(kept, pattern.n), pattern.m)
+        return None if kept >= pattern.m else replace(pattern, n=max(kept, pattern.n))
 
     def _install(self, slot: Slot, mask: Tensor) -> None:
         """Change a mask in place; the optimizer forgets what it knew of changed weights."""
