@@ -162,7 +162,8 @@ Tensor block_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& cro
     return y;
   }
   Planes planes;
-  make_planes(xc, c.images, c.in_channels, c.forward_y(), c.forward_x(), kPlanes, &planes);
+  make_planes(xc.const_data_ptr<float>(), c.images, c.in_channels, c.forward_y(), c.forward_x(),
+              kPlanes, &planes);
   sink.data = y.mutable_data_ptr<float>();
   run_block_spmm(p.view, {vc.const_data_ptr<float>(),
                           nullptr,
@@ -208,7 +209,8 @@ Tensor block_conv2d_grad_input_cpu(const Tensor& grad, const Tensor& values, con
   }
   turn_blocks(vc.const_data_ptr<float>(), t, vt.mutable_data_ptr<float>());
   Planes planes;
-  make_planes(gc, c.images, c.out_channels, c.backward_y(), c.backward_x(), kPlanes, &planes);
+  make_planes(gc.const_data_ptr<float>(), c.images, c.out_channels, c.backward_y(), c.backward_x(),
+              kPlanes, &planes);
   sink.data = out.mutable_data_ptr<float>();
   run_block_spmm(t.view, {vt.const_data_ptr<float>(),
                           nullptr,
@@ -250,10 +252,11 @@ Tensor block_conv2d_grad_values_cpu(const Tensor& grad, const Tensor& x, const T
     return out;
   }
   Planes planes, grad_planes;
-  make_planes(xc, c.images, c.in_channels, c.forward_y(), c.forward_x(), kPlanes, &planes);
+  make_planes(xc.const_data_ptr<float>(), c.images, c.in_channels, c.forward_y(), c.forward_x(),
+              kPlanes, &planes);
   const auto as_it_is = [](int64_t n) { return forward_axis(n, n, 1, 1, 0, 1); };
-  make_planes(gc, c.images, c.out_channels, as_it_is(c.out_h), as_it_is(c.out_w), kGradPlanes,
-              &grad_planes);
+  make_planes(gc.const_data_ptr<float>(), c.images, c.out_channels, as_it_is(c.out_h),
+              as_it_is(c.out_w), kGradPlanes, &grad_planes);
   run_block_sddmm(p.view,
                   {nullptr,
                    nullptr,

@@ -64,18 +64,19 @@ Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& crow,
                 y.mutable_data_ptr<double>());
     return y;
   }
-  Planes planes;
-  make_planes(xc, c.images, c.in_channels, c.forward_y(), c.forward_x(), kPlanes, &planes);
   sink.data = y.mutable_data_ptr<float>();
-  run_spmm(holder.view, {vc.const_data_ptr<float>(),
-                         nullptr,
-                         bc ? bc->const_data_ptr<float>() : nullptr,
-                         act,
-                         {nullptr, &planes.source},
-                         sink,
-                         tokens,
-                         groups,
-                         c.in_per_group()});
+  run_conv(holder.view,
+           {vc.const_data_ptr<float>(),
+            nullptr,
+            bc ? bc->const_data_ptr<float>() : nullptr,
+            act,
+            {},
+            sink,
+            tokens,
+            groups,
+            c.in_per_group()},
+           {xc.const_data_ptr<float>(), c.images, c.in_channels, c.height, c.width}, c.forward_y(),
+           c.forward_x());
   return to_dtype(y, x.scalar_type());
 }
 
@@ -109,18 +110,19 @@ Tensor csr_conv2d_grad_input_cpu(const Tensor& grad, const Tensor& values, const
                 nullptr, kNone, sink, out.mutable_data_ptr<double>());
     return out;
   }
-  Planes planes;
-  make_planes(gc, c.images, c.out_channels, c.backward_y(), c.backward_x(), kPlanes, &planes);
   sink.data = out.mutable_data_ptr<float>();
-  run_spmm(t.plan, {vc.const_data_ptr<float>(),
-                    t.perm,
-                    nullptr,
-                    kNone,
-                    {nullptr, &planes.source},
-                    sink,
-                    tokens,
-                    groups,
-                    c.out_per_group()});
+  run_conv(t.plan,
+           {vc.const_data_ptr<float>(),
+            t.perm,
+            nullptr,
+            kNone,
+            {},
+            sink,
+            tokens,
+            groups,
+            c.out_per_group()},
+           {gc.const_data_ptr<float>(), c.images, c.out_channels, c.out_h, c.out_w}, c.backward_y(),
+           c.backward_x());
   return to_dtype(out, grad.scalar_type());
 }
 
@@ -151,10 +153,11 @@ Tensor csr_conv2d_grad_values_cpu(const Tensor& grad, const Tensor& x, const Ten
     return out;
   }
   Planes planes, grad_planes;
-  make_planes(xc, c.images, c.in_channels, c.forward_y(), c.forward_x(), kPlanes, &planes);
+  make_planes(xc.const_data_ptr<float>(), c.images, c.in_channels, c.forward_y(), c.forward_x(),
+              kPlanes, &planes);
   const auto as_it_is = [](int64_t n) { return forward_axis(n, n, 1, 1, 0, 1); };
-  make_planes(gc, c.images, p.rows, as_it_is(c.out_h), as_it_is(c.out_w), kGradPlanes,
-              &grad_planes);
+  make_planes(gc.const_data_ptr<float>(), c.images, p.rows, as_it_is(c.out_h), as_it_is(c.out_w),
+              kGradPlanes, &grad_planes);
   run_sddmm(holder.view,
             {nullptr,
              nullptr,

@@ -60,13 +60,12 @@ struct Planes {
 // A vector read at the end of the last plane must stay inside the buffer.
 constexpr int64_t kSlack = 16;
 
-inline void make_planes(const Tensor& image, int64_t images, int64_t channels, const Axis& y,
+inline void make_planes(const float* src, int64_t images, int64_t channels, const Axis& y,
                         const Axis& x, ScratchSlot slot, Planes* p) {
   p->layout = plane_layout(y, x);
   const bool plain = is_plain(y, x);
   const int64_t taps = static_cast<int64_t>(p->layout.tap_offset.size());
   const PlaneLayout& l = p->layout;
-  const float* src = image.const_data_ptr<float>();
   const int64_t floats = images * channels * l.plane_size;
   float* dst = plain ? nullptr : thread_scratch(slot, floats + kSlack);
   p->source = {plain ? src : dst,   channels, l.plane_size, l.pitch, 0, taps,
@@ -117,6 +116,17 @@ inline Conv make_conv(const std::string& op, int64_t images, int64_t in_channels
   return {images,    in_channels, height, width,  rows,    size(height, 0), size(width, 1),
           kernel[0], kernel[1],   groups, stride, padding, dilation};
 }
+
+// The dense operand of a convolution, contiguous (images, channels, height, width).
+struct ConvImage {
+  const float* data;
+  int64_t images, channels, height, width;
+};
+
+// out = act(conv(image, values) + bias), split over threads; the source of the operands is not
+// read.
+void run_conv(const PlanView& plan, Operands operands, const ConvImage& image, const Axis& y,
+              const Axis& x);
 
 // float64 by plain loops, group by group. `backward` walks from the output to the input.
 struct Reference {

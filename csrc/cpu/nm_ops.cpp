@@ -155,7 +155,8 @@ Tensor nm_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& index,
     return y;
   }
   Planes planes;
-  make_planes(xc, c.images, c.in_channels, c.forward_y(), c.forward_x(), kPlanes, &planes);
+  make_planes(xc.const_data_ptr<float>(), c.images, c.in_channels, c.forward_y(), c.forward_x(),
+              kPlanes, &planes);
   sink.data = y.mutable_data_ptr<float>();
   run_nm_spmm(p.view, holder.offset,
               {vc.const_data_ptr<float>(),
@@ -199,7 +200,8 @@ Tensor nm_conv2d_grad_input_cpu(const Tensor& grad, const Tensor& values, const 
   }
   const NmTwin twin = get_nm_twin(op, p, plan_t);
   Planes planes;
-  make_planes(gc, c.images, c.out_channels, c.backward_y(), c.backward_x(), kPlanes, &planes);
+  make_planes(gc.const_data_ptr<float>(), c.images, c.out_channels, c.backward_y(), c.backward_x(),
+              kPlanes, &planes);
   sink.data = out.mutable_data_ptr<float>();
   run_spmm(twin.transposed.plan, {vc.const_data_ptr<float>(),
                                   twin.transposed.perm,
@@ -240,10 +242,11 @@ Tensor nm_conv2d_grad_values_cpu(const Tensor& grad, const Tensor& x, const Tens
   }
   const NmTwin twin = get_nm_twin(op, p, plan_t);
   Planes planes, grad_planes;
-  make_planes(xc, c.images, c.in_channels, c.forward_y(), c.forward_x(), kPlanes, &planes);
+  make_planes(xc.const_data_ptr<float>(), c.images, c.in_channels, c.forward_y(), c.forward_x(),
+              kPlanes, &planes);
   const auto as_it_is = [](int64_t size) { return forward_axis(size, size, 1, 1, 0, 1); };
-  make_planes(gc, c.images, c.out_channels, as_it_is(c.out_h), as_it_is(c.out_w), kGradPlanes,
-              &grad_planes);
+  make_planes(gc.const_data_ptr<float>(), c.images, c.out_channels, as_it_is(c.out_h),
+              as_it_is(c.out_w), kGradPlanes, &grad_planes);
   std::vector<float> sorted(out.numel());
   run_sddmm(twin.plan,
             {nullptr,
