@@ -13,6 +13,7 @@ from samples import csr_of, random_weight
 from torch import nn
 
 import sparsekern as sk
+from sparsekern import convert
 from sparsekern._load import _C
 from sparsekern.measure.energy_model import count_operations
 from sparsekern.measure.memory import weight_bytes
@@ -148,6 +149,25 @@ def test_quantize_reports_bytes_and_errors():
     assert "Int8CSRWeight((96, 64)" in repr(model[0])
 
 
+def test_the_report_of_a_conversion_names_int8(monkeypatch):
+    monkeypatch.setattr(convert, "HEURISTIC", {"Linear": 0.5})
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)).eval()
+    for layer, pattern in zip(model, ("unstructured", "block:16x16"), strict=False):
+        sk.prune(layer, method="magnitude", sparsity=0.75, pattern=pattern)
+    sk.convert_to_sparse(model)
+    before = [row.format for row in sk.report(model).layers]
+    assert before == ["csr", "block", "dense"]
+    sk.quantize(model)
+    for _ in range(2):  # asking twice adds nothing
+        rows = sk.report(model).layers
+        assert [row.format for row in rows] == ["csr_int8", "block_int8", "dense"]
+        assert rows[0].reason.count("int8 since, the times are those of float values") == 1
+        assert "int8" not in rows[2].reason
+    assert "block_int8" in sk.report(model).table()
+    assert sk.report(model).n_sparse == 2
+    assert sk.report(model[0]).layers[0].format == "csr_int8"
+
+
 def test_layers_that_share_a_weight_go_on_sharing_it():
     a = sk.SparseLinear(32, 32, sparsity=0.5)
     b = sk.SparseLinear(32, 32, sparsity=0.5)
@@ -164,11 +184,8 @@ def test_quantize_leaves_what_it_cannot_do_and_says_so():
     report = sk.quantize(model)
     assert report.skipped == {"0": "convolutions keep their dtype"}
     assert "0: convolutions keep" in report.table()
-    for pattern, format in (("2:4", "nm"), ("block:4x4", "block")):
-        sparsity = None if format == "nm" else 0.5
-        other = sk.SparseLinear(16, 8, pattern=pattern, sparsity=sparsity)
-        with pytest.raises(ValueError, match=f"got : no int8 kernel for format {format}"):
-            sk.quantize(other)
+    with pytest.raises(ValueError, match="got : no int8 kernel for format nm"):
+        sk.quantize(sk.SparseLinear(16, 8, pattern="2:4"))
     with pytest.raises(ValueError, match=r"sparse linear layers, got .*its values are int8 alre"):
         sk.quantize(model)
     with pytest.raises(ValueError, match="expected a model with sparse linear layers, got none"):
