@@ -189,14 +189,7 @@ void run_block_linear(const BlockView& v, const Operands& o) {
 void run_block_sddmm(const BlockView& v, const Operands& o, const Source& grad, float* out) {
   std::fill_n(out, v.n_blocks * v.block_rows * v.block_cols, 0.f);
   if (o.tokens == 0 || v.n_blocks == 0) return;
-  const int64_t panel = kernels().width * kernels().sddmm_vectors;
-  const int64_t n_panels = (o.tokens + panel - 1) / panel, stride = v.rows * panel;
-  float* panels = thread_scratch(kGradPanels, n_panels * stride);
-  torch::stable::parallel_for(0, n_panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p)
-      kernels().fill_panel(grad, panels + p * stride, kernels().sddmm_vectors, p * panel,
-                           std::min(o.tokens, (p + 1) * panel), 0, v.rows);
-  });
+  const GradPanels panels = grad_panels(grad, v.rows, o.tokens);
   const int64_t chunk = std::max<int64_t>(1, kSddmmCols / (v.block_cols * v.taps));
   const int64_t parts = (v.channel_blocks() + chunk - 1) / chunk;
   const int64_t per_group = v.block_rows_per_group();
@@ -205,8 +198,8 @@ void run_block_sddmm(const BlockView& v, const Operands& o, const Source& grad, 
       const int64_t group = task / parts, first = task % parts * chunk;
       ImageSource image;
       BlockSddmmArgs a{v,
-                       panels,
-                       stride,
+                       panels.data,
+                       panels.stride,
                        shifted(o.source, &image, group * o.channels_per_group),
                        out,
                        group * per_group,
@@ -215,8 +208,8 @@ void run_block_sddmm(const BlockView& v, const Operands& o, const Source& grad, 
                        std::min(v.channel_blocks(), first + chunk),
                        o.tokens,
                        nullptr};
-      a.scratch =
-          thread_scratch(kTaskScratch, chunk * v.block_cols * v.taps * panel + 2 * per_group + 64);
+      a.scratch = thread_scratch(kTaskScratch,
+                                 chunk * v.block_cols * v.taps * panels.width + 2 * per_group + 64);
       kernels().block_sddmm(a);
     }
   });

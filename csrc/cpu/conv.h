@@ -155,25 +155,26 @@ inline Conv conv_of_grad(const std::string& op, const Tensor& grad,
   return c;
 }
 
-// Of the product with an input x, contiguous float32, padded into `planes`. The values, and what
-// comes after the product, are left to the caller.
-inline Operands forward_operands(const Conv& c, const Tensor& x, float* y, Planes* planes) {
-  make_planes(x, c.images, c.in_channels, c.forward_y(), c.forward_x(), kPlanes, planes);
+// Of a product with padded planes; the values, and what comes after it, are left to the caller.
+inline Operands image_operands(const Conv& c, const Planes& planes, const Sink& sink,
+                               int64_t tokens, int64_t channels_per_group) {
   Operands o{};
-  o.source = {nullptr, &planes->source};
-  o.sink = c.out_sink(y), o.tokens = c.out_pixels();
-  o.groups = c.groups, o.channels_per_group = c.in_per_group();
+  o.source = {nullptr, &planes.source};
+  o.sink = sink, o.tokens = tokens;
+  o.groups = c.groups, o.channels_per_group = channels_per_group;
   return o;
 }
 
-// The same from the gradient of the output to that of the input.
+// From an input x, contiguous float32, to the output y.
+inline Operands forward_operands(const Conv& c, const Tensor& x, float* y, Planes* planes) {
+  make_planes(x, c.images, c.in_channels, c.forward_y(), c.forward_x(), kPlanes, planes);
+  return image_operands(c, *planes, c.out_sink(y), c.out_pixels(), c.in_per_group());
+}
+
+// From the gradient of the output to that of the input.
 inline Operands backward_operands(const Conv& c, const Tensor& grad, float* out, Planes* planes) {
   make_planes(grad, c.images, c.out_channels, c.backward_y(), c.backward_x(), kPlanes, planes);
-  Operands o{};
-  o.source = {nullptr, &planes->source};
-  o.sink = c.in_sink(out), o.tokens = c.in_pixels();
-  o.groups = c.groups, o.channels_per_group = c.out_per_group();
-  return o;
+  return image_operands(c, *planes, c.in_sink(out), c.in_pixels(), c.out_per_group());
 }
 
 // The gradient of the output as it is, for the weight gradient.

@@ -9,9 +9,10 @@ namespace sparsekern {
 Activation parse_activation(const std::string& op, const std::string& name) {
   if (name == "none") return kNone;
   if (name == "relu") return kRelu;
+  if (name == "relu6") return kRelu6;
   if (name == "gelu") return kGelu;
   if (name == "gelu_tanh") return kGeluTanh;
-  fail(op, "activation to be none, relu, gelu or gelu_tanh", "'" + name + "'");
+  fail(op, "activation to be none, relu, relu6, gelu or gelu_tanh", "'" + name + "'");
 }
 
 Tensor to_dtype(const Tensor& t, ScalarType dtype) {
@@ -33,10 +34,12 @@ Tensor empty_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
   for (size_t i = shape.size(); i-- > 1;)
     stride[i - 1] = stride[i] * std::max<int64_t>(1, shape[i]);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  // Checked by hand: torch 2.11 and 2.13 have different macros for it.
+  const AOTITorchError error = aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.data(), stride.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_device_type_cpu(), 0, &handle);
+  if (error != AOTI_TORCH_SUCCESS) fail("sparsekern", "memory for a result", "an error of torch");
   return Tensor(handle);
 }
 
@@ -296,20 +299,24 @@ void run_spmm_pairs(const PairView& pairs, const uint16_t* values, const Operand
   run_panels(plan, o, packed, k.vectors, k.spmm);
 }
 
+GradPanels grad_panels(const Source& grad, int64_t rows, int64_t tokens) {
+  const int64_t vectors = kernels().sddmm_vectors, panel = kernels().width * vectors;
+  const int64_t n = (tokens + panel - 1) / panel, stride = rows * panel;
+  float* data = thread_scratch(kGradPanels, n * stride);
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      kernels().fill_panel(grad, data + p * stride, vectors, p * panel,
+                           std::min(tokens, (p + 1) * panel), 0, rows);
+  });
+  return {data, stride, panel};
+}
+
 void run_sddmm(const PlanView& plan, const Operands& o, const Source& grad, float* out) {
   if (o.tokens == 0 || plan.nnz == 0) {
     std::fill_n(out, plan.nnz, 0.f);
     return;
   }
-  const int64_t panel = kernels().width * kernels().sddmm_vectors;
-  const int64_t n_panels = (o.tokens + panel - 1) / panel;
-  const int64_t stride = plan.rows * panel;
-  float* panels = thread_scratch(kGradPanels, n_panels * stride);
-  torch::stable::parallel_for(0, n_panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p)
-      kernels().fill_panel(grad, panels + p * stride, kernels().sddmm_vectors, p * panel,
-                           std::min(o.tokens, (p + 1) * panel), 0, plan.rows);
-  });
+  const GradPanels panels = grad_panels(grad, plan.rows, o.tokens);
   // A task is a row block with some of its blocks of columns: enough of them for all threads.
   float* packed = thread_scratch(kPacked, plan.nnz);
   const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
@@ -321,15 +328,15 @@ void run_sddmm(const PlanView& plan, const Operands& o, const Source& grad, floa
       const int64_t block = task / parts, part = task % parts;
       ImageSource image;
       SddmmArgs a{plan,
-                  panels,
-                  stride,
+                  panels.data,
+                  panels.stride,
                   shifted(o.source, &image, block / per_group * o.channels_per_group),
                   packed,
                   block,
                   part * plan.n_col_blocks / parts,
                   (part + 1) * plan.n_col_blocks / parts,
                   o.tokens,
-                  thread_scratch(kTaskScratch, plan.col_block * panel)};
+                  thread_scratch(kTaskScratch, plan.col_block * panels.width)};
       kernels().sddmm(a);
     }
   });

@@ -102,6 +102,13 @@ void run_spmm_pairs(const PairView& pairs, const uint16_t* values, const Operand
 // As run_spmm for int8 values.
 void run_spmm_int8(const PlanView& plan, const Operands& operands);
 
+// A gradient (tokens, rows) in panels of sddmm's width, one after the other, in scratch memory.
+struct GradPanels {
+  const float* data;
+  int64_t stride, width;  // floats between two panels, tokens in one
+};
+GradPanels grad_panels(const Source& grad, int64_t rows, int64_t tokens);
+
 // out[i] = <grad of row(i), source of col(i)>, split over threads.
 void run_sddmm(const PlanView& plan, const Operands& operands, const Source& grad, float* out);
 

@@ -3,7 +3,7 @@
 Their arguments are x, values, scales, crow, col, bias, plan, the sizes of the format, activation.
 """
 
-from ._library import activation_backward
+from ._library import FROM_OUTPUT, activation_backward
 
 
 def setup_context(ctx, inputs, output):
@@ -19,7 +19,7 @@ def setup_context(ctx, inputs, output):
         col,
         bias if recompute else None,
         plan,
-        output if ctx.activation == "relu" else None,
+        output if ctx.activation in FROM_OUTPUT else None,
     )
 
 
