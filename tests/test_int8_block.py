@@ -14,7 +14,6 @@ from torch import nn
 
 import sparsekern as sk
 from sparsekern._load import _C
-from sparsekern.measure.energy_model import count_operations
 from sparsekern.measure.memory import weight_bytes
 from sparsekern.ops.block import block_plan, blocks_to_dense
 from sparsekern.ops.block_int8 import _reference, block_linear_int8, dequantize_blocks
@@ -106,26 +105,6 @@ def test_opcheck_and_compile():
         torch.testing.assert_close(compiled(x), made(x))
 
 
-# Not relu in bfloat16: an output next to zero may round to either side of it.
-@pytest.mark.parametrize(
-    ("act", "dtype"),
-    [(a, torch.float32) for a in ("none", "relu", "gelu")]
-    + [(a, torch.bfloat16) for a in ("none", "gelu")],
-    ids=str,
-)
-def test_frozen_weights_pass_gradients_on(act, dtype):
-    made = layer(act).to(dtype)
-    twin = made.to_dense()
-    x = torch.randn(20, 64).to(dtype)
-    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
-    made(a).sum().backward()
-    twin(b).sum().backward()
-    close = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
-    torch.testing.assert_close(a.grad, b.grad, **close)
-    bias = (twin if act == "none" else twin[0]).bias
-    torch.testing.assert_close(made.bias.grad, bias.grad, **close)
-
-
 def test_quantization_rounds_to_the_nearest_of_255_levels():
     values, crow, _ = random_blocks(30, 80, (4, 8), 0.5)
     q, scales = quantize_blocks(values.float(), crow, 30)
@@ -171,16 +150,6 @@ def test_quantize_reports_bytes_and_errors():
     broken.weight.values.data[0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="expected finite weights, got NaN or infinity"):
         sk.quantize(broken)
-
-
-def test_training_is_refused():
-    made = layer()
-    with pytest.raises(RuntimeError, match="Int8BlockWeight: expected a model in eval mode"):
-        made.train()(torch.randn(3, 64))
-    with pytest.raises(RuntimeError, match="Int8BlockWeight: expected inference, got a request"):
-        made.prepare_training()
-    with pytest.raises(RuntimeError, match="Int8BlockWeight: expected a linear layer, got a conv"):
-        made.weight.conv2d(torch.randn(1, 4, 4, 4), None, (1, 1), (0, 0), (1, 1), "none")
 
 
 def test_copies_and_state_dict():
@@ -247,24 +216,6 @@ def test_hostile_files_are_refused(tmp_path):
         save_file(bad, path, metadata=header)
         with pytest.raises(ValueError, match=message):
             sk.load(made, path)
-
-
-def test_back_to_dense_and_dtypes():
-    made, x = layer("gelu"), torch.randn(9, 64)
-    want = made(x)
-    torch.testing.assert_close(made.to_dense()(x), want, rtol=1e-4, atol=1e-5)
-    assert made.weight.nnz == int(made.weight.mask().sum())
-    scales = made.weight.scales.clone()
-    low = made.to(torch.bfloat16)
-    assert torch.equal(low.weight.scales, scales) and low.weight.dtype == torch.int8
-    torch.testing.assert_close(low(x.bfloat16()).float(), want, rtol=0.02, atol=0.02)
-
-
-def test_energy_model_counts_float_products_and_int8_bytes():
-    made = layer()
-    (row,) = count_operations(made, torch.randn(9, 64)).layers
-    assert row.dtype == torch.float32 and row.macs == 9 * made.weight.values.numel()
-    assert row.weight_bytes == made.weight.values.numel() + 4 * 48 + 4 * 48
 
 
 @pytest.mark.parametrize("tokens", [1, 20])
