@@ -30,7 +30,7 @@ from .prune import (
 from .quantize import QuantizationReport, quantize
 from .storage import load, save
 from .weights import BlockWeight, CSRWeight, NMWeight
-from .weights_int8 import Int8CSRWeight
+from .weights_int8 import Int8BlockWeight, Int8CSRWeight
 
 __version__ = "0.1.0"
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "SparseConv2d",
     "BlockWeight",
     "CSRWeight",
+    "Int8BlockWeight",
     "Int8CSRWeight",
     "NMWeight",
     "patterns",

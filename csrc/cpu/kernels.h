@@ -215,8 +215,10 @@ struct BlockView {
 
 struct BlockArgs {
   BlockView view;
-  const float* values;  // (n_blocks, block_rows, block_cols)
-  const float* bias;    // (rows,) or null
+  const float* values;      // (n_blocks, block_rows, block_cols)
+  const int8_t* quantized;  // what takes its place where `scales` is set:
+  const float* scales;      // (rows,) what to multiply the sums by, or null
+  const float* bias;        // (rows,) or null
   Activation activation;
   Source source;
   Sink sink;
@@ -361,7 +363,10 @@ inline int64_t nm_scratch(const NmArgs& a, int64_t panel) {
 
 inline int64_t block_scratch(const BlockArgs& a, int64_t panel) {
   const int64_t per_panel = a.channel_blocks * a.view.block_cols * a.view.taps;
-  return (a.panels() * per_panel + a.row_blocks * a.view.block_rows) * panel + a.row_blocks;
+  // int8 blocks of one row of blocks in one panel, spread to float32
+  const int64_t spread = a.scales ? per_panel * a.view.block_rows : 0;
+  return (a.panels() * per_panel + a.row_blocks * a.view.block_rows) * panel + a.row_blocks +
+         spread;
 }
 
 }  // namespace sparsekern
