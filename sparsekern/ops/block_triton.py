@@ -260,7 +260,9 @@ def _reduce(parts, y, bias, activation) -> None:
     )  # fmt: skip
 
 
-def spmm(x, values, index: Index, bias, outer: int, activation: str, config: SpmmConfig | None):
+def spmm(
+    x, values, index: Index, bias, outer: int, activation: str, config: SpmmConfig | None = None
+):
     """Y (T, outer) = act(x (T, inner) W^T + b).
 
     Args:
@@ -274,9 +276,9 @@ def spmm(x, values, index: Index, bias, outer: int, activation: str, config: Spm
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     (tokens, inner), (height, depth) = x.shape, values.shape[1:]
-    strides = (depth, 1)
-    if index.slot is not None:
-        height, depth, strides = depth, height, (1, depth)
+    transposed = index.slot is not None
+    if transposed:
+        height, depth = depth, height
     y = x.new_empty(tokens, outer)
     if y.numel() == 0:
         return y
@@ -288,17 +290,13 @@ def spmm(x, values, index: Index, bias, outer: int, activation: str, config: Spm
         to = x.new_empty(split, tokens, outer, dtype=torch.float32)
     tiles = triton.cdiv(tokens, config.tokens) * rows * triton.cdiv(height, config.height) * split
     waves = config.persistent * processors
-    operands = _descriptors(x, values, config, strides) if config.tma else (x, values)
+    operands = _descriptors(x, values, config, transposed) if config.tma else (x, values)
+    now = (bias, activation) if split == 1 else (None, "none")  # else when the parts are summed
     with _on(x.device):
         spmm_kernel[(min(tiles, waves) if waves else tiles,)](
-            *operands, index.crow, index.col, index.slot, index.order,
-            bias if split == 1 else None, to, tokens, inner, outer, rows, x.stride(0),
-            HEIGHT=height, DEPTH=depth, STRIDE_N=strides[0], STRIDE_K=strides[1],
-            BLOCK_T=config.tokens, BLOCK_N=config.height, BLOCK_K=config.depth,
-            PADDED=_padded(depth), SPLIT=split, RAGGED=inner % depth != 0,
-            HAS_SLOT=index.slot is not None, HAS_BIAS=bias is not None and split == 1,
-            ACTIVATION=activation if split == 1 else "none", PRECISION=precision(x.dtype),
-            UPCAST=_upcast(x.dtype), TMA=config.tma,
+            *operands, *index, now[0], to, tokens, inner, outer, rows, x.stride(0),
+            **spmm_constants(config, height, depth, transposed, inner % depth != 0, x.dtype),
+            HAS_BIAS=now[0] is not None, ACTIVATION=now[1],
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if split > 1:
@@ -306,18 +304,38 @@ def spmm(x, values, index: Index, bias, outer: int, activation: str, config: Spm
     return y
 
 
-def _descriptors(x, values, config: SpmmConfig, strides):
+def spmm_constants(config: SpmmConfig, height, depth, transposed, ragged, dtype) -> dict:
+    """The constants of `spmm_kernel` that follow from a config and from blocks height x depth."""
+    return {
+        "HEIGHT": height,
+        "DEPTH": depth,
+        "STRIDE_N": 1 if transposed else depth,
+        "STRIDE_K": height if transposed else 1,
+        "BLOCK_T": config.tokens,
+        "BLOCK_N": config.height,
+        "BLOCK_K": config.depth,
+        "PADDED": _padded(depth),
+        "SPLIT": config.split,
+        "RAGGED": ragged,
+        "HAS_SLOT": transposed,
+        "PRECISION": precision(dtype),
+        "UPCAST": _upcast(dtype),
+        "TMA": config.tma,
+    }
+
+
+def _descriptors(x, values, config: SpmmConfig, transposed: bool):
     """Host descriptors of x and of the values as one tall matrix, for the copy engine."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    tile = (config.height, config.depth) if strides[1] == 1 else (config.depth, config.height)
+    tile = [config.depth, config.height] if transposed else [config.height, config.depth]
     return (
         TensorDescriptor.from_tensor(x, [config.tokens, config.depth]),
-        TensorDescriptor.from_tensor(values.flatten(0, 1), list(tile)),
+        TensorDescriptor.from_tensor(values.flatten(0, 1), tile),
     )
 
 
-def sddmm(grad, x, index, block, config: GradConfig | None):
+def sddmm(grad, x, index, block, config: GradConfig | None = None):
     """The gradient (n_blocks, R, C) of the values: grad (T, outer)^T x (T, inner) where blocks are.
 
     `index` is (crow, col, row of each block, first block of each chunk); a chunk is
@@ -338,11 +356,24 @@ def sddmm(grad, x, index, block, config: GradConfig | None):
         sddmm_kernel[(chunks.numel(), split * row_parts, triton.cdiv(width, config.cols))](
             grad, x, crow, col, row_of, chunks, to, tokens, inner, outer, out.numel(),
             grad.stride(0), x.stride(0),
-            HEIGHT=height, WIDTH=width, PADDED=_padded(width), BLOCK_R=config.rows,
-            BLOCK_C=config.cols, BLOCK_T=config.tokens, SPLIT=split,
-            PRECISION=precision(x.dtype), UPCAST=_upcast(x.dtype),
+            **sddmm_constants(config, height, width, x.dtype),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if split > 1:
             _reduce(to, out, None, "none")
     return out
+
+
+def sddmm_constants(config: GradConfig, height: int, width: int, dtype) -> dict:
+    """The constants of `sddmm_kernel` that follow from a config and from blocks height x width."""
+    return {
+        "HEIGHT": height,
+        "WIDTH": width,
+        "PADDED": _padded(width),
+        "BLOCK_R": config.rows,
+        "BLOCK_C": config.cols,
+        "BLOCK_T": config.tokens,
+        "SPLIT": config.split,
+        "PRECISION": precision(dtype),
+        "UPCAST": _upcast(dtype),
+    }
