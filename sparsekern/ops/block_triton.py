@@ -44,7 +44,7 @@ class Index(NamedTuple):
 
 
 @triton.jit
-def _activate(y, ACTIVATION: tl.constexpr):
+def activate(y, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         y = tl.where(y < 0, 0.0, y)  # keeps NaN, as torch does
     elif ACTIVATION == "gelu":
@@ -55,7 +55,7 @@ def _activate(y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _place(
+def place_of(
     col, slot, start, end, step, DEPTH: tl.constexpr, BLOCK_K: tl.constexpr, HAS_SLOT: tl.constexpr
 ):
     """Column and place in the values of the block (or blocks) that a step of the loop reads.
@@ -111,9 +111,9 @@ def spmm_kernel(
         if not TMA:  # rows past the last token read it again and are not stored
             x_rows = x + tl.minimum(token, tokens - 1).to(tl.int64)[:, None] * x_stride
         total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-        column, place = _place(col, slot, start, end, first, PADDED, BLOCK_K, HAS_SLOT)
+        column, place = place_of(col, slot, start, end, first, PADDED, BLOCK_K, HAS_SLOT)
         for step in range(first, last):
-            next_column, next_place = _place(
+            next_column, next_place = place_of(
                 col, slot, start, end, step + 1, PADDED, BLOCK_K, HAS_SLOT
             )
             if TMA:
@@ -155,7 +155,7 @@ def spmm_kernel(
         inside = (height < HEIGHT) & (output < outer)
         if HAS_BIAS:
             total += tl.load(bias + output, mask=inside, other=0.0).to(tl.float32)[None, :]
-        total = _activate(total, ACTIVATION)
+        total = activate(total, ACTIVATION)
         to = (part % SPLIT).to(tl.int64) * tokens + token
         y_tile = y + to[:, None] * outer + output[None, :]
         mask = (token < tokens)[:, None] & inside[None, :]
@@ -214,48 +214,48 @@ def sddmm_kernel(
 
 @triton.jit(do_not_specialize=["count"])
 def reduce_kernel(
-    parts, bias, y, count, outer,
+    parts, bias, y, count, outer, inner,
     SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Y (count,) = act(sum of parts (SPLIT, count) + bias), bias repeating every `outer`."""
+    """Y (count,) = act(sum of parts (SPLIT, count) + bias); y is (..., outer, inner)."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
     total = tl.zeros((BLOCK,), tl.float32)
     for part in range(SPLIT):
         total += tl.load(parts + part * count.to(tl.int64) + at, mask=inside, other=0.0)
     if HAS_BIAS:
-        total += tl.load(bias + at % outer, mask=inside, other=0.0).to(tl.float32)
-    total = _activate(total, ACTIVATION)
+        total += tl.load(bias + at // inner % outer, mask=inside, other=0.0).to(tl.float32)
+    total = activate(total, ACTIVATION)
     tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
     return triton.next_power_of_2(size)
 
 
-def _processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
     """Multiprocessors of the device; a few in the interpreter."""
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _on(device: torch.device):
+def on_device(device: torch.device):
     """Triton launches on the current device, whatever the tensors are on."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 
 
-def _upcast(dtype: torch.dtype) -> bool:
+def upcast(dtype: torch.dtype) -> bool:
     return INTERPRET and dtype == torch.bfloat16
 
 
-def _reduce(parts, y, bias, activation) -> None:
-    """Y = act(sum of parts (split, ...) + bias)."""
-    count, block = y.numel(), 1024
+def reduce_parts(parts, y, bias, activation, inner: int = 1) -> None:
+    """Y = act(sum of parts (split, ...) + bias), where y is (..., outer, inner) in memory."""
+    count, block, outer = y.numel(), 1024, 1 if bias is None else bias.numel()
     reduce_kernel[(triton.cdiv(count, block),)](
-        parts, bias, y, count, y.shape[-1],
+        parts, bias, y, count, outer, inner,
         SPLIT=parts.shape[0], HAS_BIAS=bias is not None, ACTIVATION=activation, BLOCK=block,
     )  # fmt: skip
 
@@ -282,7 +282,7 @@ def spmm(
     y = x.new_empty(tokens, outer)
     if y.numel() == 0:
         return y
-    rows, processors = index.order.numel(), _processors(x.device)
+    rows, processors = index.order.numel(), processors_of(x.device)
     if config is None:
         config = spmm_config(x, values.shape[0], rows, (height, depth), processors)
     split, to = config.split, y
@@ -292,7 +292,7 @@ def spmm(
     waves = config.persistent * processors
     operands = _descriptors(x, values, config, transposed) if config.tma else (x, values)
     now = (bias, activation) if split == 1 else (None, "none")  # else when the parts are summed
-    with _on(x.device):
+    with on_device(x.device):
         spmm_kernel[(min(tiles, waves) if waves else tiles,)](
             *operands, *index, now[0], to, tokens, inner, outer, rows, x.stride(0),
             **spmm_constants(config, height, depth, transposed, inner % depth != 0, x.dtype),
@@ -300,7 +300,7 @@ def spmm(
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if split > 1:
-            _reduce(to, y, bias, activation)
+            reduce_parts(to, y, bias, activation)
     return y
 
 
@@ -314,12 +314,12 @@ def spmm_constants(config: SpmmConfig, height, depth, transposed, ragged, dtype)
         "BLOCK_T": config.tokens,
         "BLOCK_N": config.height,
         "BLOCK_K": config.depth,
-        "PADDED": _padded(depth),
+        "PADDED": padded(depth),
         "SPLIT": config.split,
         "RAGGED": ragged,
         "HAS_SLOT": transposed,
         "PRECISION": precision(dtype),
-        "UPCAST": _upcast(dtype),
+        "UPCAST": upcast(dtype),
         "TMA": config.tma,
     }
 
@@ -347,12 +347,12 @@ def sddmm(grad, x, index, block, config: GradConfig | None = None):
     out = x.new_empty(col.numel(), height, width)
     if out.numel() == 0 or tokens == 0:
         return out.zero_()
-    config = config or grad_config(x, chunks.numel(), block, _processors(x.device))
+    config = config or grad_config(x, chunks.numel(), block, processors_of(x.device))
     split, to = config.split, out
     if split > 1:
         to = x.new_empty(split, *out.shape, dtype=torch.float32)
     row_parts = triton.cdiv(height, config.rows)
-    with _on(x.device):
+    with on_device(x.device):
         sddmm_kernel[(chunks.numel(), split * row_parts, triton.cdiv(width, config.cols))](
             grad, x, crow, col, row_of, chunks, to, tokens, inner, outer, out.numel(),
             grad.stride(0), x.stride(0),
@@ -360,7 +360,7 @@ def sddmm(grad, x, index, block, config: GradConfig | None = None):
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if split > 1:
-            _reduce(to, out, None, "none")
+            reduce_parts(to, out, None, "none")
     return out
 
 
@@ -369,11 +369,11 @@ def sddmm_constants(config: GradConfig, height: int, width: int, dtype) -> dict:
     return {
         "HEIGHT": height,
         "WIDTH": width,
-        "PADDED": _padded(width),
+        "PADDED": padded(width),
         "BLOCK_R": config.rows,
         "BLOCK_C": config.cols,
         "BLOCK_T": config.tokens,
         "SPLIT": config.split,
         "PRECISION": precision(dtype),
-        "UPCAST": _upcast(dtype),
+        "UPCAST": upcast(dtype),
     }

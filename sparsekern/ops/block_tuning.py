@@ -1,9 +1,10 @@
 """Tile sizes of the block kernels: a table for the H200, and a safe default elsewhere.
 
 Nothing in this table has been measured on a GPU. It follows from counts: x crosses from L2 to a
-multiprocessor once for every row of blocks, so a tile does at most 2 R operations for each 2 bytes
-of x, whatever its number of tokens; tall blocks want tiles of 256 tokens so that the values do not
-cost as much again, short ones want two resident tiles to hide latency. `tune` measures instead.
+multiprocessor once for every row of blocks, so a tile does at most R operations for each byte of
+x in 16 bits, whatever its number of tokens; what is left to choose are tiles of which two fit on a
+multiprocessor, so that one loads while the other multiplies, and that keep their pointers in
+registers (256 x 128 spills, except with the copy engine). `tune` measures instead.
 """
 
 from dataclasses import dataclass, replace
@@ -66,11 +67,10 @@ H200 = {
     (2, 64, LARGE): SpmmConfig(128, 64, 64, 4, 4),
     (2, LARGE, 32): SpmmConfig(32, 64, 64, 4, 5),
     (2, LARGE, 64): SpmmConfig(64, 64, 64, 4, 5),
-    (2, LARGE, 512): SpmmConfig(128, 128, 64, 8, 4),
-    (2, LARGE, LARGE): SpmmConfig(256, 128, 64, 8, 3, persistent=1),
+    (2, LARGE, LARGE): SpmmConfig(128, 128, 64, 8, 4),
     (4, LARGE, 32): SpmmConfig(32, 64, 32, 4, 4),
     (4, LARGE, 64): SpmmConfig(64, 64, 32, 4, 4),
-    (4, LARGE, LARGE): SpmmConfig(128, 64, 32, 4, 4),
+    (4, LARGE, LARGE): SpmmConfig(128, 64, 32, 8, 4),
 }
 
 
@@ -179,9 +179,10 @@ def tune(run, x, block, fits_tma: bool = False) -> SpmmConfig:
     """
     configs = candidates(x.element_size(), x.shape[0], *block)
     limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    if fits_tma:  # without pointers in registers there is room for twice the tokens
+        wide = [replace(c, tokens=2 * c.tokens) for c in configs if c.tokens == 128]
+        configs += [replace(c, tma=True) for c in [*configs, *wide] if c.depth <= block[1]]
     configs = [c for c in configs if c.shared_bytes(x.element_size()) <= limit]
-    if fits_tma:
-        configs += [replace(c, tma=True) for c in configs if c.depth <= block[1]]
     times = {config: _milliseconds(run, config) for config in configs}
     tuned[_key(x, block)] = best = min(times, key=times.get)
     return best
