@@ -14,7 +14,7 @@ from .conversion import REPORT, ConversionReport, LayerReport, report
 from .fuse import Activations, Folds, Misread, check_agreement, run_once
 from .measure.structure import check_inputs, forward_call
 from .nn import SparseConv2d, SparseLinear
-from .patterns import detect
+from .patterns import Unstructured, detect
 from .pool import ChannelsLastMaxPool2d, faster_pools
 from .sites import find_sites, group_tied
 from .tune import MIN_GAIN, InputSpec, TuningCache, layer_key, time_layer
@@ -41,11 +41,12 @@ def convert_to_sparse(
 
     Every layer is timed dense against sparse at the shapes it saw in a run of `example_inputs`, and
     stays dense unless sparse wins by `min_gain`; the whole model is timed last and goes back if it
-    lost. Layers keep exactly the zeros that are there. `sparsekern.report(model)` tells what
-    happened to each layer.
+    lost. Layers keep exactly the zeros that are there; where a `Pruner` left a mask, it tells the
+    pattern, and for training the weights to store. `sparsekern.report(model)` tells what happened
+    to each layer.
 
-    For inference, batch normalisation is folded into the layer before it, and ReLU and GELU modules
-    go into the sparse layers whose output they read, exactly up to rounding. That is done where a
+    For inference, batch normalisation is folded into the layer before it, and ReLU, ReLU6 and GELU
+    modules go into the sparse layers whose output they read, exactly up to rounding, where a
     run of `example_inputs` shows that nothing else reads the tensor in between (see
     `fold_batchnorm`), needs a model in eval mode, and is checked on the outputs of the whole model.
     Max pools run by way of channels_last where that is faster, which changes no value. The modules
@@ -217,14 +218,16 @@ def _decide(job: _Job, candidate: Candidate) -> None:
     site = candidate.sites[0]
     obstacle = next((s.obstacle for s in candidate.sites if s.obstacle), "")
     if "weight" in site.module._parameters and not site.module.weight.is_meta:
-        candidate.sparsity = float((site.weight == 0).float().mean()) if site.weight.numel() else 0
+        candidate.mask = _mask_to_store(job, candidate)
+        kept = site.weight != 0 if candidate.mask is None else candidate.mask
+        candidate.sparsity = float((~kept).float().mean()) if kept.numel() else 0
     if obstacle:
         candidate.reason = obstacle
         return
     if candidate.sparsity < WORTH_TIMING:
         candidate.reason = f"only {candidate.sparsity:.0%} zeros"
         return
-    candidate.pattern = str(detect(site.weight))
+    candidate.pattern = str(detect(site.weight if candidate.mask is None else candidate.mask))
     if job.specs is None:
         threshold = HEURISTIC[site.kind]
         candidate.take = candidate.sparsity >= threshold
@@ -245,6 +248,15 @@ def _decide(job: _Job, candidate: Candidate) -> None:
     candidate.reason = f"{'faster' if candidate.take else 'not faster'}: {gain:.2f}x"
 
 
+def _mask_to_store(job: _Job, candidate: Candidate) -> Tensor | None:
+    """Give a Pruner's mask where it tells more than the zeros: what to train, or a pattern."""
+    masks = (site.mask for site in candidate.sites)
+    mask = next((found for found in masks if found is not None), None)
+    if mask is None or job.mode == "training":
+        return mask
+    return None if detect(mask) == Unstructured() else mask
+
+
 def _try_format(job: _Job, candidate: Candidate, name: str) -> None:
     """Time one format; the candidate keeps the fastest one so far."""
     sparse = _build(job, candidate, name)
@@ -259,7 +271,7 @@ def _build(job: _Job, candidate: Candidate, name: str) -> list[nn.Module]:
     """Sparse twins around one shared weight of a format."""
     first = candidate.sites[0]
     weight = FORMATS[name].from_dense(
-        first.weight, pattern=candidate.pattern, groups=getattr(first.module, "groups", 1)
+        first.weight, candidate.mask, candidate.pattern, getattr(first.module, "groups", 1)
     )
     weight.values.requires_grad_(first.module.weight.requires_grad)
     if job.mode == "training":
