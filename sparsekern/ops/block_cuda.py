@@ -63,7 +63,9 @@ def forward_parts(op, plan, crow, col, channels, block_cols, taps=1):
         check_indices(op, crow, col, -(-channels // block_cols) * taps)
         plan = make_plan(crow, col, channels, block_cols, taps, False)
     rows, blocks = crow.numel() - 1, col.numel()
-    return plan.split((rows, blocks, plan.numel() - rows - blocks))
+    chunks = plan.numel() - rows - blocks
+    _check_plan(op, "plan made by block_plan for this pattern", plan, crow, chunks >= 0)
+    return plan.split((rows, blocks, chunks))
 
 
 def backward_parts(op, plan, crow, col, channels, block_cols, taps=1):
@@ -72,7 +74,15 @@ def backward_parts(op, plan, crow, col, channels, block_cols, taps=1):
     if plan is None or plan.numel() == 0:
         check_indices(op, crow, col, cols)
         plan = make_plan(crow, col, channels, block_cols, taps, True)
-    return plan.split((cols + 1, col.numel(), col.numel(), cols))
+    sizes = (cols + 1, col.numel(), col.numel(), cols)
+    wanted = "plan_t made by block_plan(transpose=True) for this pattern"
+    _check_plan(op, wanted, plan, crow, plan.numel() == sum(sizes))
+    return plan.split(sizes)
+
+
+def _check_plan(op: str, wanted: str, plan, crow, fits: bool) -> None:
+    fits = fits and plan.dtype == torch.int32 and plan.device == crow.device
+    expect(op, fits, wanted, f"{plan.dtype} of {plan.numel()} entries on {plan.device}")
 
 
 def misfit(dtype, height: int) -> str:
@@ -109,7 +119,8 @@ def say_dense(op: str, reason: str) -> None:
     warnings.warn(f"{op}: computed with the dense weight, {reason}", stacklevel=3)
 
 
-def _takes_kernel(op: str, tensor, height: int) -> bool:
+def takes_kernel(op: str, tensor, height: int) -> bool:
+    """Whether the kernels take blocks of `height` outputs; if not, the reason is said once."""
     reason = misfit(tensor.dtype, height) or device_misfit(tensor.device)
     if reason:
         say_dense(op, reason)
@@ -133,13 +144,49 @@ def blocks_of(dense, row, col, size, groups=1):
     return grid[row.long(), col // taps, col % taps].contiguous()
 
 
+def expect(op: str, condition, wanted: str, got) -> None:
+    """Raise `op: expected <wanted>, got <got>` unless the condition holds."""
+    if not condition:
+        raise RuntimeError(f"{op}: expected {wanted}, got {got}")
+
+
+def check_values(op: str, like, values, col) -> None:
+    """Check values (n_blocks, R, C) against the activation and the columns."""
+    expect(op, values.dtype == like.dtype, f"values of dtype {like.dtype}", values.dtype)
+    expect(op, values.dim() == 3, "values with 3 dimensions", f"shape {tuple(values.shape)}")
+    blocks = col.numel()
+    expect(op, len(values) == blocks, f"values.size(0) = col.size(0) = {blocks}", len(values))
+
+
+def check_pattern(op: str, like, crow, col, block_rows_in_all: int) -> None:
+    """Check the sizes, dtype and device of the index; what it holds is vouched for by the plan."""
+    for name, part in (("crow", crow), ("col", col)):
+        expect(op, part.dtype == torch.int32, f"{name} of dtype torch.int32", part.dtype)
+        expect(op, part.device == like.device, f"{name} on the device of x", part.device)
+    want = block_rows_in_all + 1
+    expect(op, len(crow) == want, f"crow.size(0) = rows of blocks + 1 = {want}", len(crow))
+
+
+def check_bias(op: str, x, bias, outputs: int, name: str) -> None:
+    """Check a bias that may be None."""
+    if bias is not None:
+        expect(op, bias.dtype == x.dtype, f"bias of the dtype of x ({x.dtype})", bias.dtype)
+        got = tuple(bias.shape)
+        expect(op, got == (outputs,), f"bias.size(0) = {name} = {outputs}", got)
+
+
 def _linear(x, values, crow, col, bias, plan, plan_t, out_features, activation="none"):
-    order, row, _ = forward_parts(block.LINEAR, plan, crow, col, x.shape[-1], values.shape[2])
-    if not _takes_kernel(block.LINEAR, values, values.shape[1]):
+    op = block.LINEAR
+    expect(op, x.dim() >= 1, "x of shape (..., in_features)", "a scalar")
+    check_values(op, x, values, col)
+    check_pattern(op, x, crow, col, -(-out_features // values.shape[1]))
+    check_bias(op, x, bias, out_features, "out_features")
+    activate(x.new_empty(0), activation, op)  # refuses unknown names
+    order, row, _ = forward_parts(op, plan, crow, col, x.shape[-1], values.shape[2])
+    if not takes_kernel(op, values, values.shape[1]):
         weight = dense_weight(values, row, col, out_features, x.shape[-1]).squeeze(2)
         y = torch.nn.functional.linear(x, weight, bias)
-        return activate(y, activation, block.LINEAR).contiguous()
-    activate(x.new_empty(0), activation, block.LINEAR)  # refuses unknown names
+        return activate(y, activation, op).contiguous()
     from .block_triton import Index, spmm
 
     flat = x.reshape(-1, x.shape[-1])
@@ -150,11 +197,12 @@ def _linear(x, values, crow, col, bias, plan, plan_t, out_features, activation="
 
 def _grad_input(grad, values, crow, col, plan_t, in_features):
     op = "block_linear_grad_input"
+    check_values(op, grad, values, col)
+    check_pattern(op, grad, crow, col, -(-grad.shape[-1] // values.shape[1]))
     crow_t, row, slot, order = backward_parts(op, plan_t, crow, col, in_features, values.shape[2])
-    if not _takes_kernel(op, values, values.shape[2]):
-        at = torch.empty_like(row).index_copy_(0, slot.long(), row)
-        weight = dense_weight(values, at, col, grad.shape[-1], in_features).squeeze(2)
-        return (grad @ weight).contiguous()
+    if not takes_kernel(op, values, values.shape[2]):
+        weight = dense_weight(values, unturned(row, slot), col, grad.shape[-1], in_features)
+        return (grad @ weight.squeeze(2)).contiguous()
     from .block_triton import Index, spmm
 
     flat = grad.reshape(-1, grad.shape[-1])
@@ -163,11 +211,18 @@ def _grad_input(grad, values, crow, col, plan_t, in_features):
     return y.view(*grad.shape[:-1], in_features)
 
 
+def unturned(row, slot):
+    """The row of each block, in the order of the values, from a transposed index."""
+    return torch.empty_like(row).index_copy_(0, slot.long(), row)
+
+
 def _grad_values(grad, x, crow, col, plan, block_rows, block_cols):
     op = "block_linear_grad_values"
-    _, row, chunks = forward_parts(op, plan, crow, col, x.shape[-1], block_cols)
+    check_pattern(op, x, crow, col, -(-grad.shape[-1] // block_rows))
     flat_grad, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    if not _takes_kernel(op, x, block_rows):
+    expect(op, len(flat_grad) == len(flat), f"tokens of grad = {len(flat)}", len(flat_grad))
+    _, row, chunks = forward_parts(op, plan, crow, col, x.shape[-1], block_cols)
+    if not takes_kernel(op, x, block_rows):
         dense = flat_grad.t() @ flat
         return blocks_of(dense[..., None], row, col, (block_rows, block_cols))
     from .block_triton import sddmm

@@ -47,6 +47,8 @@ class Index(NamedTuple):
 def activate(y, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         y = tl.where(y < 0, 0.0, y)  # keeps NaN, as torch does
+    elif ACTIVATION == "relu6":
+        y = tl.where(y < 0, 0.0, tl.where(y > 6, 6.0, y))
     elif ACTIVATION == "gelu":
         y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2 u)
@@ -271,7 +273,7 @@ def spmm(
         index: Of W; of its transpose (columns of blocks, with `slot`) to multiply by W^T instead.
         bias: `(outer,)` or None.
         outer: Outputs.
-        activation: none, relu, gelu or gelu_tanh.
+        activation: none, relu, relu6, gelu or gelu_tanh.
         config: None for the one that fits the shape, see `block_tuning`.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()

@@ -155,7 +155,7 @@ def block_conv(x, values, index: Index, bias, y, geometry: Geometry, activation:
         bias: `(out,)` or None.
         y: Output, contiguous.
         geometry: Of the convolution.
-        activation: none, relu, gelu or gelu_tanh.
+        activation: none, relu, relu6, gelu or gelu_tanh.
         config: None for the one that fits the shape.
     """
     x = x.contiguous(memory_format=torch.channels_last)
