@@ -45,6 +45,7 @@ class Index(NamedTuple):
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
+    """The fused activations by name, as `_library.activate`."""
     if ACTIVATION == "relu":
         y = tl.where(y < 0, 0.0, y)  # keeps NaN, as torch does
     elif ACTIVATION == "relu6":
@@ -168,8 +169,8 @@ def spmm_kernel(
 def sddmm_kernel(
     grad, x, crow, col, row_of, chunks, out, tokens, inner, outer, count, grad_stride, x_stride,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr, SPLIT: tl.constexpr, RAGGED_R: tl.constexpr,
+    RAGGED_C: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_R rows x BLOCK_C columns of a chunk of blocks of one row: grad^T x over all tokens.
 
@@ -184,14 +185,20 @@ def sddmm_kernel(
     width = wide % PADDED
     if BLOCK_C < PADDED:
         width = tl.program_id(2) * BLOCK_C + wide
-    stored = (block < tl.load(crow + row + 1)) & (width < WIDTH)
-    if BLOCK_C > PADDED:
-        stored = stored & (block < first + BLOCK_C // PADDED)
+    stored = block < tl.load(crow + row + 1)
+    if PADDED != WIDTH:
+        stored = stored & (width < WIDTH)
     channel = tl.load(col + block, mask=stored, other=0) * WIDTH + width
     height = row_part * BLOCK_R + tl.arange(0, BLOCK_R)
     output = row * HEIGHT + height
-    in_rows = (height < HEIGHT) & (output < outer)
-    in_cols = stored & (channel < inner)
+    # Comparisons that hold everywhere are left out: they would cut the loads in pieces.
+    in_rows, in_cols = height < HEIGHT, stored
+    if RAGGED_R:
+        in_rows = in_rows & (output < outer)
+    if RAGGED_C:
+        in_cols = in_cols & (channel < inner)
+    elif PADDED == WIDTH:
+        channel = tl.max_contiguous(tl.multiple_of(channel, WIDTH), WIDTH)
     share = tl.cdiv(tl.cdiv(tokens, SPLIT), BLOCK_T) * BLOCK_T
     end = tl.minimum((split + 1) * share, tokens)
     total = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
@@ -232,6 +239,7 @@ def reduce_kernel(
 
 
 def padded(size: int) -> int:
+    """The power of two that holds a side of a block."""
     return triton.next_power_of_2(size)
 
 
@@ -250,6 +258,7 @@ def on_device(device: torch.device):
 
 
 def upcast(dtype: torch.dtype) -> bool:
+    """Whether operands must be converted before they are multiplied."""
     return INTERPRET and dtype == torch.bfloat16
 
 
@@ -358,7 +367,7 @@ def sddmm(grad, x, index, block, config: GradConfig | None = None):
         sddmm_kernel[(chunks.numel(), split * row_parts, triton.cdiv(width, config.cols))](
             grad, x, crow, col, row_of, chunks, to, tokens, inner, outer, out.numel(),
             grad.stride(0), x.stride(0),
-            **sddmm_constants(config, height, width, x.dtype),
+            **sddmm_constants(config, height, width, (outer, inner), x.dtype),
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         if split > 1:
@@ -366,8 +375,8 @@ def sddmm(grad, x, index, block, config: GradConfig | None = None):
     return out
 
 
-def sddmm_constants(config: GradConfig, height: int, width: int, dtype) -> dict:
-    """The constants of `sddmm_kernel` that follow from a config and from blocks height x width."""
+def sddmm_constants(config: GradConfig, height: int, width: int, shape, dtype) -> dict:
+    """The constants of `sddmm_kernel` for blocks height x width of a weight of this shape."""
     return {
         "HEIGHT": height,
         "WIDTH": width,
@@ -376,6 +385,8 @@ def sddmm_constants(config: GradConfig, height: int, width: int, dtype) -> dict:
         "BLOCK_C": config.cols,
         "BLOCK_T": config.tokens,
         "SPLIT": config.split,
+        "RAGGED_R": shape[0] % height != 0,
+        "RAGGED_C": shape[1] % width != 0,
         "PRECISION": precision(dtype),
         "UPCAST": upcast(dtype),
     }

@@ -7,6 +7,7 @@ multiprocessor, so that one loads while the other multiplies, and that keep thei
 registers (256 x 128 spills, except with the copy engine). `tune` measures instead.
 """
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,8 +56,8 @@ class GradConfig:
     split: int = 1
 
 
-# H200, predicted: (bytes of an element, outputs of a block up to, tokens up to) -> config; the first
-# line that fits. Blocks of fewer outputs than the tile is high take a tile of their own height.
+# H200, predicted: (bytes of an element, outputs of a block up to, tokens up to) -> config; the
+# first line that fits. Blocks of fewer outputs than a tile has take a tile of their own height.
 LARGE = 2**62
 H200 = {
     (2, 32, 32): SpmmConfig(32, 32, 128, 4, 4),
@@ -109,8 +110,8 @@ def table_config(itemsize: int, tokens: int, height: int, depth: int) -> SpmmCon
 
 
 def default_config(itemsize: int, tokens: int, height: int, depth: int) -> SpmmConfig:
-    """Tiles that every device with tensor cores can hold (at most 72 KB of shared memory)."""
-    return _fit(SpmmConfig(64, 128, 128 // itemsize), tokens, height, depth)
+    """Tiles that every device with tensor cores can hold (at most 48 KB of shared memory)."""
+    return _fit(SpmmConfig(64, 64, 128 // itemsize), tokens, height, depth)
 
 
 def spmm_config(x, n_blocks: int, rows: int, block, processors: int) -> SpmmConfig:
@@ -203,5 +204,5 @@ def _milliseconds(run, config: SpmmConfig, repeats: int = 20) -> float:
         run(config)
     marks[-1].record()
     marks[-1].synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in zip(marks, marks[1:]))
+    times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
     return times[repeats // 2]

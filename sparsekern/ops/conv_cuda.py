@@ -1,8 +1,8 @@
 """Convolutions on CUDA: which run sparse, and the dense path of those that do not.
 
 - block_conv2d: the implicit product of `conv_triton` on blocks that fit it (`block_cuda.misfit`).
-- csr_conv2d and nm_conv2d with a 1x1 kernel, stride 1 and no padding or groups: the linear op on the
-  pixels, without a copy of a channels_last input.
+- csr_conv2d and nm_conv2d with a 1x1 kernel, stride 1 and no padding or groups: the linear op on
+  the pixels, without a copy of a channels_last input.
 - Everything else, and all gradients: the dense weight, put together on the device without waiting
   for it, and the convolution of torch. The reason is warned of once.
 

@@ -80,9 +80,7 @@ def conv_kernel(
     total = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
     column, place = place_of(col, None, start, end, first, PADDED, BLOCK_K, False)
     for step in range(first, last):
-        next_column, next_place = place_of(
-            col, None, start, end, step + 1, PADDED, BLOCK_K, False
-        )
+        next_column, next_place = place_of(col, None, start, end, step + 1, PADDED, BLOCK_K, False)
         tap = column % TAPS
         down, right = (tap // KERNEL_W) * DILATION_H, (tap % KERNEL_W) * DILATION_W
         if BLOCK_K > PADDED:
