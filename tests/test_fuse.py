@@ -103,8 +103,8 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize(
     "module",
-    [nn.LeakyReLU(), nn.Hardtanh(0, 5.9), nn.Hardtanh(0, 1e6), nn.Tanh(), nn.Softmax(-1), nn.Dropout(),
-     nn.Flatten(), nn.GLU(), nn.RReLU(), Odd()],
+    [nn.LeakyReLU(), nn.Hardtanh(0, 5.9), nn.Hardtanh(0, 1e6), nn.Tanh(), nn.Softmax(-1),
+     nn.Dropout(), nn.Flatten(), nn.GLU(), nn.RReLU(), Odd()],
     ids=lambda m: type(m).__name__,
 )  # fmt: skip
 def test_other_modules_are_no_fused_activation(module):
