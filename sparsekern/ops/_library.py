@@ -8,6 +8,7 @@ from .. import _load as _load  # loads the compiled kernels, which register them
 LIBRARY = Library("sparsekern", "DEF")
 # Kernels of a device win over this key; it serves every device that has none.
 _FALLBACK = Library("sparsekern", "IMPL", "CompositeExplicitAutograd")
+CUDA = Library("sparsekern", "IMPL", "CUDA")
 
 
 def define(schema: str, reference, fake):
