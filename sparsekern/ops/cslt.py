@@ -67,15 +67,15 @@ def float16_fault(index: int) -> str:
 def self_test(index: int, dtype: torch.dtype = torch.float16) -> None:
     """A small product on a device against the dense one; raises when it is wrong."""
     with torch.cuda.device(index):
-        x, weight = _probe_operands(dtype)
+        x, weight = _probe_operands(dtype, torch.device("cuda", index))
         y = _product(x, pack(weight), None, weight.shape[0], 0, [])
         torch.testing.assert_close(y.float(), x.float() @ weight.float().t(), rtol=0.02, atol=0.02)
 
 
-def _probe_operands(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _probe_operands(dtype: torch.dtype, device) -> tuple[Tensor, Tensor]:
     """Small numbers x `(64, 64)` and a 2:4 weight `(512, 64)`."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    weight, x = (torch.randn(rows, 64, device="cuda", generator=generator) for rows in (512, 64))
+    generator = torch.Generator(device).manual_seed(0)
+    weight, x = (torch.randn(r, 64, device=device, generator=generator) for r in (512, 64))
     weight[:, 1::4], weight[:, 2::4] = 0, 0
     return (x / 4).to(dtype), (weight / 4).to(dtype)
 
@@ -169,16 +169,16 @@ def _fused_code(x: Tensor, activation: str) -> int:
         return 1
     key = (x.device.index, x.dtype)
     if activation.startswith("gelu") and key not in _FUSED_GELU and not capturing(x):
-        _FUSED_GELU[key] = _which_gelu(x.dtype)
+        _FUSED_GELU[key] = _which_gelu(x)
     return 2 if activation == _FUSED_GELU.get(key) else 0
 
 
-def _which_gelu(dtype: torch.dtype) -> str:
-    """The activation that the library's GELU computes in a dtype; empty when it has none.
+def _which_gelu(like: Tensor) -> str:
+    """The activation that the library's GELU is, for this dtype; empty when it has none.
 
     Not documented for 16-bit types: so it is asked, and compared with both formulas.
     """
-    x, weight = _probe_operands(dtype)
+    x, weight = _probe_operands(like.dtype, like.device)
     try:
         have = _product(x, pack(weight), None, weight.shape[0], 2, []).float()
     except RuntimeError:
@@ -190,7 +190,7 @@ def _which_gelu(dtype: torch.dtype) -> str:
     }
     best = min(errors, key=errors.__getitem__)
     # Half a unit in the last place of the largest output; the formulas differ by 5e-4 at most.
-    return best if errors[best] <= torch.finfo(dtype).eps * y.abs().max().item() else ""
+    return best if errors[best] <= torch.finfo(x.dtype).eps * y.abs().max().item() else ""
 
 
 def _algorithm(x, packed, bias, rows: int, activation: int) -> list[int]:
