@@ -11,9 +11,10 @@ namespace sparsekern {
 Activation parse_activation(const std::string& op, const std::string& name) {
   if (name == "none") return kNone;
   if (name == "relu") return kRelu;
+  if (name == "relu6") return kRelu6;
   if (name == "gelu") return kGelu;
   if (name == "gelu_tanh") return kGeluTanh;
-  fail(op, "activation to be none, relu, gelu or gelu_tanh", "'" + name + "'");
+  fail(op, "activation to be none, relu, relu6, gelu or gelu_tanh", "'" + name + "'");
 }
 
 Tensor to_dtype(const Tensor& t, ScalarType dtype) {
