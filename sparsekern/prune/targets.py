@@ -77,7 +77,7 @@ def find_layers(model, targets, ignore, pattern: Pattern) -> tuple[list[Layer], 
         raise TypeError(f"prune: expected a torch.nn.Module, got {type(model).__name__}")
     kinds = _check_targets(targets)
     owners = _owners(model)
-    entries = _check_ignore(model, ignore)
+    entries = check_ignore(model, ignore)
     layers, skipped, seen = [], {}, set()
     for name, module in model.named_modules():
         if not _is_target(module, kinds):
@@ -156,18 +156,25 @@ def _owners(model: nn.Module) -> dict:
     return owners
 
 
-def _check_ignore(model: nn.Module, ignore) -> list:
+def check_ignore(model: nn.Module, ignore) -> list:
+    """List the entries of `ignore`, each of which must match a module.
+
+    Raises:
+        TypeError: An entry that is neither a name, a glob nor a type.
+        ValueError: An entry that matches nothing.
+    """
     entries = list(ignore) if isinstance(ignore, tuple | list | set) else [ignore]
     modules = list(model.named_modules(remove_duplicate=False))
     for entry in entries:
         if not isinstance(entry, str | type):
             raise TypeError(f"prune: expected ignore to hold names, globs or types, got {entry!r}")
-        if not any(_ignores(entry, name, module) for name, module in modules):
+        if not any(ignores(entry, name, module) for name, module in modules):
             raise ValueError(f"prune: expected ignore to match a module, got {entry!r}")
     return entries
 
 
-def _ignores(entry, name: str, module: nn.Module) -> bool:
+def ignores(entry, name: str, module: nn.Module) -> bool:
+    """Say whether an entry of `ignore` means a module."""
     if isinstance(entry, type):
         return isinstance(module, entry)
     return name_matches(entry, name)
@@ -180,7 +187,7 @@ def name_matches(entry: str, name: str) -> bool:
 
 def _reason_to_skip(name, module, owners, entries, pattern) -> str | None:
     for entry in entries:
-        hit = next((o for o, m in [(name, module), *owners] if _ignores(entry, o, m)), None)
+        hit = next((o for o, m in [(name, module), *owners] if ignores(entry, o, m)), None)
         if hit is not None:
             return "ignored" if hit == name else f"shares its weight with {hit!r}, which is ignored"
     weight = Layer(name, module).weight
