@@ -26,7 +26,9 @@ from .prune import (
     schedules,
     sensitivity,
     slimming_penalty,
+    sparsity_report,
     threshold_scope,
+    weight_histogram,
     weight_penalty,
 )
 from .quantize import QuantizationReport, quantize
@@ -54,6 +56,8 @@ __all__ = [
     "permute_channels",
     "layer_collapse",
     "mask_overlap",
+    "sparsity_report",
+    "weight_histogram",
     "convert_to_sparse",
     "report",
     "to_dense",

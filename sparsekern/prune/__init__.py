@@ -5,7 +5,14 @@ from .api import prune
 from .dead import DeadNeurons, remove_dead_neurons
 from .finetune import adjusted_dropout, distillation_loss, recalibrate_batchnorm
 from .lottery import LotteryTicket
-from .masks import MaskOverlap, layer_collapse, mask_overlap
+from .masks import (
+    MaskOverlap,
+    WeightHistogram,
+    layer_collapse,
+    mask_overlap,
+    sparsity_report,
+    weight_histogram,
+)
 from .methods.slimming import slimming_penalty
 from .owl import owl
 from .penalties import weight_penalty
@@ -25,6 +32,7 @@ __all__ = [
     "Pruner",
     "Reconstruction",
     "Sensitivity",
+    "WeightHistogram",
     "adjusted_dropout",
     "distillation_loss",
     "layer_collapse",
@@ -38,6 +46,8 @@ __all__ = [
     "schedules",
     "sensitivity",
     "slimming_penalty",
+    "sparsity_report",
     "threshold_scope",
+    "weight_histogram",
     "weight_penalty",
 ]

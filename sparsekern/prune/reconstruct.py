@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..patterns import Unstructured
+from ..progress import track
 from .calibration import Calibration, evaluating, input_rows, token_mask
 from .data import read_batches
 from .methods.base import zero_out
@@ -38,6 +39,7 @@ def reconstruct(
     sequential: bool = True,
     targets: type | Sequence[type] = (nn.Linear, nn.Conv2d),
     ignore: str | type | Iterable[str | type] = (),
+    progress: bool | None = None,
 ) -> Reconstruction:
     """Refit what is left of the weights, layer by layer, to what the dense model has there.
 
@@ -57,6 +59,7 @@ def reconstruct(
         sequential: Stage by stage, or all layers with inputs of the model as it is now.
         targets: As for `prune`.
         ignore: As for `prune`.
+        progress: Show a progress bar over the stages, as for `prune`.
 
     Raises:
         ValueError: A bad value, other layers in `dense`, no pruned layer, inputs that are not
@@ -70,7 +73,7 @@ def reconstruct(
     with evaluating(model), evaluating(dense), restored_on_error(layers):
         runs = Calibration(model, layers, batches, sequential)
         reference = Calibration(dense, [whole for _, whole in pairs], batches, sequential)
-        for stage in runs.stages:
+        for stage in track(runs.stages, "refitting", progress):
             sums = {i: _Sums.zeros(layers[i]) for i in stage}
             for batch in batches:
                 valid = token_mask(batch.kwargs)
