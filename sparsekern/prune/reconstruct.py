@@ -47,7 +47,8 @@ def reconstruct(
     are its inputs in the pruned model, whose earlier stages are refitted already, and Y the outputs
     of the dense layer on the dense model's inputs, so that a later layer repairs earlier ones. He
     et al. 2017, arXiv:1707.06168, eq. 1 (its regression for W, here for any mask and row by row);
-    no label and no gradient is needed. Works after any method and pattern; zeros stay zeros.
+    no label and no gradient is needed. Works after any method and pattern; zeros stay zeros. In a
+    distributed run give every rank the same data.
 
     Args:
         model: The pruned model; its kept weights change in place. A mask of a `Pruner` tells which

@@ -71,7 +71,8 @@ def find_layers(model, targets, ignore, pattern: Pattern) -> tuple[list[Layer], 
     Raises:
         TypeError: `model`, `targets` or `ignore` of a wrong type.
         ValueError: No layer left, an `ignore` entry that matches nothing, or a weight that cannot
-            be pruned (on meta, not floating point, NaN or Inf, computed by a parametrization).
+            be pruned (on meta, not floating point, NaN or Inf, sharded, or computed by a
+            parametrization).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"prune: expected a torch.nn.Module, got {type(model).__name__}")
@@ -134,6 +135,11 @@ def _weight_key(name: str, module: nn.Module):
         raise ValueError(
             f"prune: expected layer {name!r} to hold its weight as a plain parameter, got one that "
             "is computed (a parametrization?); remove that first or ignore the layer"
+        )
+    if hasattr(weight, "device_mesh"):  # a DTensor
+        raise ValueError(
+            f"prune: expected layer {name!r} to hold its whole weight, got a shard of it (FSDP is "
+            "not supported)"
         )
     if isinstance(weight, UninitializedTensorMixin):
         raise ValueError(f"prune: expected layer {name!r} to be initialized, got a lazy weight")
