@@ -29,12 +29,15 @@ AFTER = (
     _after("magnitude, global", "magnitude", scope="global"),
     _after("magnitude, LAMP", "magnitude", scope="lamp"),
     _after("magnitude, ERK", "magnitude", scope="erk"),
+    _after("magnitude, Han's thresholds", "magnitude", scope="std"),
+    _after("magnitude, Han's rounds", "magnitude", scope="std", schedule="rounds"),
     _after("Taylor", "taylor"),
     _after("OBD, Gauss-Newton", "obd"),
     _after("OBD, Hutchinson", "obd", options={"curvature": "hutchinson"}),
     _after("SNIP score after training", "snip"),
     _after("Wanda", "wanda"),
     _after("SparseGPT", "sparsegpt"),
+    _after("refit", "refit"),
     _after("movement", "movement", schedule="late"),
 )
 STATIC = Line("random at start, uniform", "random", scope="uniform")
@@ -90,7 +93,7 @@ SNIP_MLP = (
     Line("magnitude of the first weights", "magnitude"),
     STATIC,
 )
-_lenet_5 = partial(Line, network="LeNet-5", images=4000)
+_lenet_5 = partial(Line, network="LeNet-5", images=1500)
 SNIP_CNN = (
     _lenet_5("dense, LeNet-5"),
     _lenet_5("SNIP, LeNet-5", "snip"),

@@ -156,7 +156,7 @@ def parser(experiment: Experiment, doc: str) -> argparse.ArgumentParser:
     add = made.add_argument
     add("--dataset", default="fashion-mnist", help="fashion-mnist or mnist-5k")
     add("--data", type=Path, help="folder of Fashion-MNIST; default: $FASHION_MNIST, then Debian's")
-    add("--train", type=int, default=8000, help="training images")
+    add("--train", type=int, default=5000, help="training images")
     add("--epochs", type=int, default=4, help="epochs of the dense network before pruning")
     add("--tune", type=int, default=2, help="epochs after; pruned from the start: both together")
     add("--batch", type=int, default=100, help="images per step")

@@ -17,6 +17,7 @@ from sparsekern.prune.methods import METHODS
 
 SLIMMING = partial(sk.slimming_penalty, strength=1e-3)
 UPDATES = 25  # of masks, in a training that changes them
+ROUNDS = 4  # of pruning and retraining
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Line:
         pattern: Of `sk.Pruner`.
         scope: Of `sk.Pruner`, or a function `(model, sparsity, batches) -> scope`.
         schedule: None for the method's own, `"cubic"`, `"late"` (cubic, after some steps),
-            `"updates"` (constant sparsity, changing masks) or `"steps"` (changing in every step).
+            `"rounds"` (of pruning and training), `"updates"` (constant sparsity, changing masks) or
+            `"steps"` (changing in every step).
         options: Of the method.
         ignore: Layers that stay dense.
         sparsities: Instead of those asked for: what a pattern fixes.
@@ -125,6 +127,8 @@ class Line:
             return sk.schedules.Constant(sparsity, every if self.schedule == "updates" else 1, end)
         if self.schedule is None:
             return None
+        if self.schedule == "rounds":
+            return sk.schedules.Iterative(sparsity, ROUNDS, max(end // ROUNDS, 1), start=0)
         start = 0 if self.schedule == "cubic" else max(end // 4, 1)
         return sk.schedules.Cubic(0.0, sparsity, start, end, every)
 

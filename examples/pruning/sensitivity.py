@@ -45,7 +45,7 @@ def run_one(bench: Bench, key: dict) -> dict:
     }
 
 
-EXPERIMENT = Experiment("sensitivity", keys, run_one, defaults={"train": 5000, "hold": 1000})
+EXPERIMENT = Experiment("sensitivity", keys, run_one, defaults={"train": 3000, "hold": 1000})
 
 if __name__ == "__main__":
     run(EXPERIMENT, __doc__)
