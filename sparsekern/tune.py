@@ -50,12 +50,14 @@ def time_layer(
     """Milliseconds of one call, (dense, sparse), interleaved; with both gradients when training."""
     device = next(dense.parameters()).device
     x = spec.make(device)
-    run = _training_call if training else _inference_call
+    run = training_call if training else inference_call
     timings = interleaved([run(dense, x), run(sparse, x)], budget_s=budget_s, device=device)
     return timings[0].median_ms, timings[1].median_ms
 
 
-def _inference_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+def inference_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+    """The forward pass, ready to be timed."""
+
     def call():
         with torch.inference_mode():
             return layer(x)
@@ -63,7 +65,9 @@ def _inference_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
     return call
 
 
-def _training_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+def training_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+    """Forward pass and the gradients of input and parameters, ready to be timed."""
+
     leaf = x.clone().requires_grad_()
     parameters = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
     grad = torch.ones_like(layer(leaf).detach())
