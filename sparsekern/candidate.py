@@ -18,11 +18,15 @@ from .sites import Site
 
 @dataclass
 class Candidate:
-    """A group of layers with one weight, its sparse twins and what was measured."""
+    """A group of layers with one weight, its sparse twins and what was measured.
+
+    `mask` says what to store where the zeros do not; None elsewhere.
+    """
 
     sites: list[Site]
     sparsity: float = 0.0
     pattern: str = "unstructured"
+    mask: Tensor | None = None
     format: str = "csr"
     sparse: list[nn.Module] = field(default_factory=list)
     fused: list[tuple[Slot, FusedActivation]] = field(default_factory=list)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .candidate import Candidate, eval_mode, swap, swap_back, time_model
 from .conversion import REPORT, ConversionReport, LayerReport, report
+from .device import cold_bytes, runnable
 from .fuse import (
     FUSABLE,
     TRAINABLE,
@@ -22,11 +23,20 @@ from .fuse import (
     undisturbed,
 )
 from .measure.structure import check_inputs, forward_call
+from .measure.timer import synchronize
 from .nn import SparseConv2d, SparseLinear
-from .patterns import detect
+from .patterns import Unstructured, detect
 from .pool import ChannelsLastMaxPool2d, faster_pools
 from .sites import find_sites, group_tied
-from .tune import MIN_GAIN, InputSpec, TuningCache, layer_key, time_layer
+from .tune import (
+    MIN_GAIN,
+    InputSpec,
+    TuningCache,
+    WrongResult,
+    layer_key,
+    output_error,
+    time_layer,
+)
 from .weights import FORMATS, fitting_formats
 
 WORTH_TIMING = 0.3  # fewer zeros than this cannot win in any kernel we have
@@ -50,11 +60,12 @@ def convert_to_sparse(
 
     Every layer is timed dense against sparse at the shapes it saw in a run of `example_inputs`, and
     stays dense unless sparse wins by `min_gain`; the whole model is timed last and goes back if it
-    lost. Layers keep exactly the zeros that are there. `sparsekern.report(model)` tells what
-    happened to each layer.
+    lost. Layers keep exactly the zeros that are there; where a `Pruner` left a mask, it tells the
+    pattern, and for training the weights to store. `sparsekern.report(model)` tells what happened
+    to each layer.
 
-    For inference, batch normalisation is folded into the layer before it, and ReLU and GELU modules
-    go into the sparse layers whose output they read, exactly up to rounding. That is done where a
+    For inference, batch normalisation is folded into the layer before it, and ReLU, ReLU6 and GELU
+    modules go into the sparse layers whose output they read, exactly up to rounding, where a
     run of `example_inputs` shows that nothing else reads the tensor in between (see
     `fold_batchnorm`), needs a model in eval mode, and is checked on the outputs of the whole model.
     Max pools run by way of channels_last where that is faster, which changes no value. The modules
@@ -71,7 +82,7 @@ def convert_to_sparse(
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments of the
             model (what a tokenizer returns is one).
             None: nothing is timed, a threshold on the sparsity decides (linear 70 %, convolution
-            80 %), and the report says so.
+            80 %; on a GPU all stay dense), and the report says so.
         mode: `inference` times the forward pass; `training` times forward and both gradients and
             prepares the backward pass.
         min_gain: Least ratio dense time / sparse time to take a sparse layer.
@@ -94,6 +105,7 @@ def convert_to_sparse(
     device = candidates[0].sites[0].module.weight.device
     job = _Job(model, example_inputs, mode, min_gain, budget_s)
     job.tuning = TuningCache(device, on_disk=cache and example_inputs is not None)
+    job.cold_bytes = cold_bytes(model, device)
     try:
         if fuse and example_inputs is not None:
             if mode == "inference":
@@ -123,6 +135,7 @@ class _Job:
     activations: Activations | None = None
     planned: dict[nn.Module, str] = field(default_factory=dict)  # layer -> activation to fuse
     tuning: TuningCache | None = None
+    cold_bytes: int = 0
 
 
 def _convert(job: _Job, candidates: list[Candidate], progress: bool | None) -> nn.Module:
@@ -236,14 +249,20 @@ def _decide(job: _Job, candidate: Candidate) -> None:
     site = candidate.sites[0]
     obstacle = next((s.obstacle for s in candidate.sites if s.obstacle), "")
     if "weight" in site.module._parameters and not site.module.weight.is_meta:
-        candidate.sparsity = float((site.weight == 0).float().mean()) if site.weight.numel() else 0
+        candidate.mask = _mask_to_store(job, candidate)
+        kept = site.weight != 0 if candidate.mask is None else candidate.mask
+        candidate.sparsity = float((~kept).float().mean()) if kept.numel() else 0
     if obstacle:
         candidate.reason = obstacle
         return
     if candidate.sparsity < WORTH_TIMING:
         candidate.reason = f"only {candidate.sparsity:.0%} zeros"
         return
-    candidate.pattern = str(detect(site.weight))
+    candidate.pattern = str(detect(site.weight if candidate.mask is None else candidate.mask))
+    device = site.module.weight.device
+    if job.specs is None and device.type != "cpu":
+        candidate.reason = f"not timed: pass example_inputs, no threshold is known for {device}"
+        return
     if job.specs is None:
         threshold = HEURISTIC[site.kind]
         candidate.take = candidate.sparsity >= threshold
@@ -252,33 +271,60 @@ def _decide(job: _Job, candidate: Candidate) -> None:
         candidate.reason = "not called in the run of example_inputs"
         return
     shape, groups = site.weight.shape, getattr(site.module, "groups", 1)
-    formats = fitting_formats(candidate.pattern, shape, groups)
+    fitting = fitting_formats(candidate.pattern, shape, groups)
+    formats = runnable(fitting, site.kind, device.type)
+    if not formats:
+        candidate.take = False
+        candidate.reason = f"no kernel of {' or '.join(fitting)} on {device.type} for {site.kind}"
+        return
     if job.specs is None:
         candidate.format = formats[0]
         candidate.sparse = _build(job, candidate, candidate.format)
         return
-    for name in formats:
-        _try_format(job, candidate, name)
+    refused = [text for name in formats if (text := _try_format(job, candidate, name))]
+    if candidate.sparse_ms is None:
+        candidate.reason = "; ".join(refused)
+        return
     gain = candidate.dense_ms / candidate.sparse_ms
     candidate.take = gain >= job.min_gain
-    candidate.reason = f"{'faster' if candidate.take else 'not faster'}: {gain:.2f}x"
+    gained = f"{'faster' if candidate.take else 'not faster'}: {gain:.2f}x"
+    candidate.reason = "; ".join([gained, *refused])
 
 
-def _try_format(job: _Job, candidate: Candidate, name: str) -> None:
-    """Time one format; the candidate keeps the fastest one so far."""
-    sparse = _build(job, candidate, name)
-    dense_ms, sparse_ms, error = _time(job, candidate.sites, sparse)
+def _mask_to_store(job: _Job, candidate: Candidate) -> Tensor | None:
+    """Give a Pruner's mask where it tells more than the zeros: what to train, or a pattern."""
+    masks = (site.mask for site in candidate.sites)
+    mask = next((found for found in masks if found is not None), None)
+    if mask is None or job.mode == "training":
+        return mask
+    return None if detect(mask) == Unstructured() else mask
+
+
+def _try_format(job: _Job, candidate: Candidate, name: str) -> str:
+    """Time one format; the candidate keeps the fastest one so far. Says why if it cannot run."""
+    device = candidate.sites[0].module.weight.device
+    try:
+        sparse = _build(job, candidate, name)
+        dense_ms, sparse_ms, error = _time(job, candidate.sites, sparse)
+    except Exception as error:
+        if device.type == "cpu" and not isinstance(error, WrongResult):
+            raise
+        # A library too old, a kernel too large for this card: the layer stays dense and says so.
+        # A card that was lost raises here as well, and the conversion ends.
+        synchronize(device)
+        return f"{name} does not run here: {(str(error) or repr(error)).strip().splitlines()[0]}"
     before = candidate.sparse_ms
     if before is None or sparse_ms / dense_ms < before / candidate.dense_ms:
         candidate.format, candidate.sparse = name, sparse
         candidate.dense_ms, candidate.sparse_ms, candidate.error = dense_ms, sparse_ms, error
+    return ""
 
 
 def _build(job: _Job, candidate: Candidate, name: str) -> list[nn.Module]:
     """Sparse twins around one shared weight of a format."""
     first = candidate.sites[0]
     weight = FORMATS[name].from_dense(
-        first.weight, pattern=candidate.pattern, groups=getattr(first.module, "groups", 1)
+        first.weight, candidate.mask, candidate.pattern, getattr(first.module, "groups", 1)
     )
     weight.values.requires_grad_(first.module.weight.requires_grad)
     if job.mode == "training":
@@ -306,19 +352,12 @@ def _time(job: _Job, sites, twins) -> tuple[float, float, float]:
             key = layer_key(twin, spec, training)
             times = job.tuning.get(key)
             if times is None:
-                times = time_layer(dense, sparse, spec, training, job.budget_s)
+                times = time_layer(dense, sparse, spec, training, job.budget_s, job.cold_bytes)
                 job.tuning.put(key, *times)
             dense_ms += count * times[0]
             sparse_ms += count * times[1]
-            error = max(error, _difference(dense, sparse, spec, twin.weight.device))
+            error = max(error, output_error(dense, sparse, spec, twin.weight.device))
     return dense_ms, sparse_ms, error
-
-
-def _difference(dense: nn.Module, sparse: nn.Module, spec: InputSpec, device) -> float:
-    x = spec.make(device)
-    with torch.inference_mode():
-        gap = (dense(x).double() - sparse(x).double()).abs()
-    return float(gap.max()) if gap.numel() else 0.0
 
 
 def _confirm(job: _Job, converted, taken, result: ConversionReport) -> nn.Module:

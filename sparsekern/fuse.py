@@ -16,8 +16,8 @@ from .ops._library import activate
 from .pool import restore_pools
 from .sites import find_sparse
 
-FUSABLE = ("relu", "gelu", "gelu_tanh")
-TRAINABLE = ("relu",)  # the gradients of the others would compute the layer once more
+FUSABLE = ("relu", "relu6", "gelu", "gelu_tanh")
+TRAINABLE = ("relu", "relu6")  # the gradients of GELU would compute the layer once more
 # A run of the fused model must agree with the model as it came to this share of the largest output.
 # Rounding stays far below; a path through the model that was misread does not.
 AGREEMENT = {torch.float64: 1e-2, torch.float32: 1e-2}

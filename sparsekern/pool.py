@@ -57,9 +57,9 @@ def faster_pools(
 
 
 def _gain(pool: nn.Module, twin: nn.Module, spec, budget_s: float, training: bool) -> float:
-    call = training_call if training else inference_call
     x = spec.make("cpu")
-    times = interleaved([call(pool, x), call(twin, x)], budget_s=budget_s)
+    calls = [training_call(m, x) if training else inference_call([m], x) for m in (pool, twin)]
+    times = interleaved(calls, budget_s=budget_s)
     return times[0].median_ms / times[1].median_ms
 
 

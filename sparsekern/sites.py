@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ._load import _C
 from .chain import is_hooked
+from .device import device_obstacle
 from .nn import SparseConv2d, SparseLinear
+from .prune.slots import mask_beside
 from .prune.targets import is_conv1d_of_transformers
 
 # The parent reads `child.weight` itself instead of calling the child.
@@ -40,6 +41,12 @@ class Site:
         """The weight as (out, in, ...); a view."""
         weight = self.module.weight.detach()
         return weight.t() if self.kind == "Conv1D" else weight
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask that a Pruner put beside the weight, as (out, in, ...); None without one."""
+        mask = mask_beside(self.module)
+        return mask.t() if mask is not None and self.kind == "Conv1D" else mask
 
     def put(self, module: nn.Module) -> None:
         """Hang `module` where the layer was."""
@@ -109,13 +116,9 @@ def _obstacle(site: Site, owners) -> str:
         return f"its weight is tied to {', '.join(strangers)}"
     if module.weight.is_meta:
         return "its weight is on the meta device"
-    if module.weight.device.type != "cpu":
-        return f"no sparse kernel on {module.weight.device.type} in this version"
-    if _C is None:
+    if module.weight.device.type == "cpu" and _C is None:
         return "the CPU kernels are not compiled, see `sparsekern doctor`"
-    if module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        return f"no kernel for {module.weight.dtype}"
-    return ""
+    return device_obstacle(module.weight)
 
 
 def group_tied(sites: list[Site]) -> list[list[Site]]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -14,12 +17,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ._load import cpu_isa
+from ._load import cpu_isa, native_status
 from .measure.hardware import hardware
 from .measure.timer import interleaved
 
 CACHE_VERSION = 1
 MIN_GAIN = 1.05  # sparse must win by 5 % to be taken
+# Of the largest output. Kernels meet new cards and libraries on the user's machine; an error beyond
+# this is no rounding, not even that of bfloat16.
+WRONG = 0.05
+MAX_COPIES = 32  # of a layer that is timed on a GPU; smaller layers are timed partly from its L2
+
+
+class WrongResult(RuntimeError):
+    """A kernel computed something else than the dense layer."""
 
 
 @dataclass(frozen=True)
@@ -45,29 +56,48 @@ class InputSpec:
 
 
 def time_layer(
-    dense: nn.Module, sparse: nn.Module, spec: InputSpec, training: bool, budget_s: float
+    dense: nn.Module,
+    sparse: nn.Module,
+    spec: InputSpec,
+    training: bool,
+    budget_s: float,
+    cold_bytes: int = 0,
 ):
-    """Milliseconds of one call, (dense, sparse), interleaved; with both gradients when training."""
+    """Milliseconds of one call, (dense, sparse), interleaved; with both gradients when training.
+
+    On a GPU by its own clock, so that waiting for it is not counted. For inference copies of each
+    layer take turns until their weights reach `cold_bytes`, to be read from memory every time.
+    """
     device = next(dense.parameters()).device
     x = spec.make(device)
-    run = training_call if training else inference_call
-    timings = interleaved([run(dense, x), run(sparse, x)], budget_s=budget_s, device=device)
+    if training:
+        calls = [training_call(layer, x) for layer in (dense, sparse)]
+    else:
+        calls = [inference_call(_copies(layer, cold_bytes), x) for layer in (dense, sparse)]
+    timings = interleaved(calls, budget_s=budget_s, device=device, on_device=device.type == "cuda")
     return timings[0].median_ms, timings[1].median_ms
 
 
-def inference_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
-    """The forward pass, ready to be timed."""
+def _copies(layer: nn.Module, cold_bytes: int) -> list[nn.Module]:
+    """The layer, and as many copies as it takes to reach some number of bytes of weights."""
+    size = sum(t.numel() * t.element_size() for t in layer.state_dict().values())
+    count = min(MAX_COPIES, -(-cold_bytes // max(1, size)))
+    return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
+
+
+def inference_call(layers: list[nn.Module], x: Tensor) -> Callable[[], object]:
+    """The forward pass of layers in turn, ready to be timed."""
+    turns = itertools.cycle(layers)
 
     def call():
         with torch.inference_mode():
-            return layer(x)
+            return next(turns)(x)
 
     return call
 
 
 def training_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
     """Forward pass and the gradients of input and parameters, ready to be timed."""
-
     leaf = x.clone().requires_grad_()
     parameters = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
     grad = torch.ones_like(layer(leaf).detach())
@@ -79,6 +109,24 @@ def training_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
     return call
 
 
+def output_error(dense: nn.Module, sparse: nn.Module, spec: InputSpec, device) -> float:
+    """Largest difference of the outputs on random input.
+
+    Raises:
+        WrongResult: the outputs have nothing to do with each other.
+    """
+    x = spec.make(device)
+    with torch.inference_mode():
+        want = dense(x).double()
+        gap = (want - sparse(x).double()).abs()
+    if not gap.numel():
+        return 0.0
+    error, largest = float(gap.max()), float(want.abs().max())
+    if not error <= WRONG * largest:
+        raise WrongResult(f"its result is off by {error:.1e} where the largest is {largest:.1e}")
+    return error
+
+
 def cache_folder() -> Path:
     """The user's cache folder: $XDG_CACHE_HOME/sparsekern or ~/.cache/sparsekern."""
     root = os.environ.get("XDG_CACHE_HOME")
@@ -88,7 +136,10 @@ def cache_folder() -> Path:
 def device_key(device: torch.device) -> str:
     """What a timing holds for: hardware, kernels, threads and versions."""
     if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
+        major, minor = torch.cuda.get_device_capability(device)
+        half = "with" if native_status()["_C_cuda"]["loaded"] else "without"
+        where = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}, {half} _C_cuda"
+        where += f", CUDA {torch.version.cuda}, triton {package_version('triton')}"
     else:
         where = f"{hardware()['cpu']}, {cpu_isa()}, {torch.get_num_threads()} threads"
     return f"{where}, {platform.machine()}, torch {torch.__version__}, sparsekern {_version()}"
@@ -98,6 +149,14 @@ def _version() -> str:
     from . import __version__
 
     return __version__
+
+
+def package_version(name: str) -> str:
+    """Version of an installed package, or `none`."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 class TuningCache:

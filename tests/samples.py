@@ -183,6 +183,8 @@ LINEAR = [
     _linear((2, 3, 5), 20, 12, 0.5, bias=False),
     _linear((2, 0), 20, 12, 0.5),
     _linear(197, 300, 70, 0.95, kind="skewed", act="relu"),
+    _linear(80, 200, 40, 0.8, act="relu6"),
+    _linear(2, 200, 40, 0.8, act="relu6"),
     _linear(130, 520, 1, 0.9),
     _linear(40, 1, 17, 0.3),
     _linear(33, 50, 40, 1.0),
@@ -203,6 +205,7 @@ CONV = [
     _conv(1, 4, (9, 11), 6, 3, 0.5, stride=2, padding=1, act="relu"),
     _conv(1, 6, (40, 37), 9, (5, 3), 0.6, stride=(2, 3), padding=(2, 0), dilation=(1, 2), groups=3),
     _conv(3, 5, 8, 7, 1, 0.8),
+    _conv(1, 24, 16, 12, 3, 0.6, padding=1, act="relu6"),
     _conv(1, 8, 12, 8, 3, 0.4, padding=1, groups=8, bias=False),
     _conv(2, 4, 33, 5, 3, 0.5, stride=2, padding=1, plan=False),
     _conv(0, 4, 8, 4, 3, 0.5, padding=1),
@@ -229,6 +232,7 @@ BLOCK = [
     _block(40, 1, 17, (8, 1), 0.3),
     _block(33, 50, 40, (8, 8), 1.0),
     _block(70, 1100, 530, (16, 16), 0.9),
+    _block(70, 120, 30, (4, 4), 0.5, act="relu6"),
 ]
 NM = [
     _nm(0, 8, 8, 2, 4),
@@ -243,6 +247,7 @@ NM = [
     _nm((2, 0), 20, 12, 2, 4),
     _nm(130, 300, 530, 2, 4),
     _nm(33, 15, 4, 5, 9),
+    _nm(20, 128, 40, 2, 4, act="relu6"),
 ]
 BLOCK_CONV = [
     _other_conv(2, 6, (9, 14), 8, 3, (4, 4), padding=1),

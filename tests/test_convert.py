@@ -461,13 +461,3 @@ def test_without_kernels_nothing_is_converted(monkeypatch):
     model = sk.convert_to_sparse(wide())
     assert "CSRWeight" not in kinds(model)
     assert "not compiled, see `sparsekern doctor`" in sk.report(model).layers[0].reason
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_layers_stay_dense_and_results_agree():
-    model, x = wide().cuda(), torch.randn(8, 512).cuda()
-    assert "no sparse kernel on cuda" in sk.report(sk.convert_to_sparse(model, x)).layers[0].reason
-    layer = sk.SparseLinear(64, 32, sparsity=0.8)
-    x = torch.randn(5, 64)
-    torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), layer.cpu()(x))

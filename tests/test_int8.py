@@ -73,7 +73,7 @@ def test_property(tokens, cols, rows, sparsity):
     torch.testing.assert_close(got.double(), exact(x, *w), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("act", ["none", "relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("act", ["none", "relu", "relu6", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_reference_and_activations(act, tokens, isa):
     w, x, bias = parts(), torch.randn(tokens, 51), torch.randn(40)

@@ -291,7 +291,7 @@ def test_report():
         ),
         (
             {"scope": "all"},
-            "prune: expected scope one of global, uniform, erk, lamp, or a dict; got 'all'",
+            "prune: expected scope one of global, uniform, erk, lamp, std, or a dict; got 'all'",
         ),
         ({"scope": {"fc": 0.5}}, r"expected scope to name layers \(\['0', '2', '4'\]\), got 'fc'"),
         ({"scope": {"0": 1}}, r"prune: scope\['0'\]: expected sparsity in \[0, 1\), got 1"),

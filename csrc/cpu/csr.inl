@@ -27,6 +27,7 @@ SK_INLINE Vec gelu_tanh(Vec x) {
 SK_INLINE Vec activate(Vec x, Activation a) {
   switch (a) {
     case kRelu: return max(Vec::set(0.f), x);
+    case kRelu6: return min(Vec::set(6.f), max(Vec::set(0.f), x));
     case kGelu: return gelu(x);
     case kGeluTanh: return gelu_tanh(x);
     default: return x;
@@ -41,7 +42,8 @@ struct RowSums {
   // Last block of columns, and the tokens lie side by side in the result: rows go there at once.
   float* out;  // null: to `sums`
   int64_t out_stride;
-  bool relu, stream;
+  Activation activation;  // of those that go to `out`: none, relu or relu6
+  bool stream;
 };
 
 template <int R>
@@ -66,7 +68,9 @@ SK_INLINE void finish_row(const RowSums& c, int64_t row, int64_t panel, int64_t 
   }
   float* p = c.out + (row - c.row0) * c.out_stride + at;
   for (int j = 0; j < R; ++j) {
-    const Vec v = c.relu ? max(Vec::set(0.f), acc[j]) : acc[j];
+    Vec v = acc[j];
+    if (c.activation != kNone) v = max(Vec::set(0.f), v);
+    if (c.activation == kRelu6) v = min(Vec::set(6.f), v);
     c.stream ? v.stream(p + j * Vec::N) : v.store(p + j * Vec::N);
   }
 }
@@ -219,10 +223,10 @@ SK_INLINE void set_direct_out(const SpmmArgs& a, int64_t row0, int64_t t0, int64
   constexpr int64_t P = R * Vec::N;
   const Sink& s = a.sink;
   if (s.token_major || t1 - t0 != P || t0 % s.pixels + P > s.pixels) return;
-  if (a.activation != kNone && a.activation != kRelu) return;
+  if (a.activation == kGelu || a.activation == kGeluTanh) return;
   c->out = s.data + (t0 / s.pixels * s.stride + s.row_offset + row0) * s.pixels + t0 % s.pixels;
   c->out_stride = s.pixels;
-  c->relu = a.activation == kRelu;
+  c->activation = a.activation;
   c->stream = can_stream(s, c->out);
 }
 
@@ -235,7 +239,7 @@ void spmm_panel(const SpmmArgs& a, int64_t t0, int64_t t1) {
   float* sums = a.scratch + (keep ? plan.n_col_blocks : 1) * plan.col_block * P;
   for (int64_t b = a.row_block_begin; b < a.row_block_end; ++b) {
     const int64_t row0 = plan.row_start[b], rows = plan.row_start[b + 1] - row0;
-    RowSums c{sums, row0, a.bias, true, nullptr, 0, false, false};
+    RowSums c{sums, row0, a.bias, true, nullptr, 0, kNone, false};
     for (int64_t k = 0; k < plan.n_col_blocks; ++k) {
       float* panel = a.scratch + (keep ? k * plan.col_block * P : 0);
       const int64_t c0 = k * plan.col_block;

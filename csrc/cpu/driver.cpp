@@ -11,9 +11,10 @@ namespace sparsekern {
 Activation parse_activation(const std::string& op, const std::string& name) {
   if (name == "none") return kNone;
   if (name == "relu") return kRelu;
+  if (name == "relu6") return kRelu6;
   if (name == "gelu") return kGelu;
   if (name == "gelu_tanh") return kGeluTanh;
-  fail(op, "activation to be none, relu, gelu or gelu_tanh", "'" + name + "'");
+  fail(op, "activation to be none, relu, relu6, gelu or gelu_tanh", "'" + name + "'");
 }
 
 Tensor to_dtype(const Tensor& t, ScalarType dtype) {
@@ -35,10 +36,12 @@ Tensor empty_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
   for (size_t i = shape.size(); i-- > 1;)
     stride[i - 1] = stride[i] * std::max<int64_t>(1, shape[i]);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  // Checked by hand: torch 2.11 and 2.13 have different macros for it.
+  const AOTITorchError error = aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.data(), stride.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_device_type_cpu(), 0, &handle);
+  if (error != AOTI_TORCH_SUCCESS) fail("sparsekern", "memory for a result", "an error of torch");
   return Tensor(handle);
 }
 

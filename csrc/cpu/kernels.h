@@ -7,7 +7,7 @@
 
 namespace sparsekern {
 
-enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
+enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kRelu6 = 4 };
 
 // A row of the sparse matrix inside one block of columns: `count` values from `start` on, counted
 // in the order of the CSR matrix.

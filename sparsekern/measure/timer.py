@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -99,12 +100,14 @@ def interleaved(
     min_rounds: int = 5,
     max_rounds: int = 1000,
     device: torch.device | None = None,
+    on_device: bool = False,
 ) -> list[Timing]:
     """Time functions against each other, one sample of each per round, in alternating order.
 
     Wall-clock time with the device synchronised around each sample, so on a GPU launch costs are
-    included. A call faster than 1 ms is repeated inside its sample. Garbage collection is off
-    while the clock runs.
+    included. With `on_device` the GPU tells the time between two events on its current stream:
+    launches count only where the GPU has to wait for them. A call faster than 1 ms is repeated
+    inside its sample. Garbage collection is off while the clock runs.
 
     Args:
         fns: functions without arguments; what they return is dropped.
@@ -113,6 +116,7 @@ def interleaved(
         min_rounds: least number of samples per function.
         max_rounds: largest number of samples per function.
         device: the GPU to wait for; None means the current one, if CUDA is in use at all.
+        on_device: time by the events of `device`, which must be a GPU.
 
     Returns:
         One `Timing` per function, in order.
@@ -121,7 +125,8 @@ def interleaved(
         ValueError: for an empty `fns`, a budget that is not positive or impossible rounds.
     """
     _check_arguments(fns, budget_s, min_rounds, max_rounds)
-    calls = [_warm_up(fn, budget_s / len(fns), device) for fn in fns]
+    take = partial(_device_sample if on_device else _sample, device=device)
+    calls = [_warm_up(fn, budget_s / len(fns), take) for fn in fns]
     samples: list[list[float]] = [[] for _ in fns]
     with _no_gc():
         start, rounds = time.perf_counter(), 0
@@ -130,7 +135,7 @@ def interleaved(
         ):
             order = range(len(fns)) if rounds % 2 == 0 else reversed(range(len(fns)))
             for i in order:
-                samples[i].append(_sample(fns[i], calls[i], device) * 1e3)
+                samples[i].append(take(fns[i], calls[i]) * 1e3)
             rounds += 1
     return [Timing.from_samples(s, c) for s, c in zip(samples, calls, strict=True)]
 
@@ -147,12 +152,12 @@ def _check_arguments(fns, budget_s, min_rounds, max_rounds) -> None:
         )
 
 
-def _warm_up(fn: Callable[[], object], budget_s: float, device) -> int:
+def _warm_up(fn: Callable[[], object], budget_s: float, take) -> int:
     """Call until caches and lazy set-up have settled; return how many calls fill a sample."""
-    _sample(fn, 1, device)  # the first call pays for lazy set-up, so it says nothing about speed
+    take(fn, 1)  # the first call pays for lazy set-up, so it says nothing about speed
     start, fastest, seen = time.perf_counter(), float("inf"), 0
     while seen < 2 or (seen < 20 and time.perf_counter() - start < 0.1 * budget_s):
-        fastest = min(fastest, _sample(fn, 1, device))
+        fastest = min(fastest, take(fn, 1))
         seen += 1
     return max(1, round(MIN_SAMPLE_S / max(fastest, 1e-9)))
 
@@ -165,6 +170,19 @@ def _sample(fn: Callable[[], object], calls: int, device) -> float:
         fn()
     synchronize(device)
     return (time.perf_counter() - start) / calls
+
+
+def _device_sample(fn: Callable[[], object], calls: int, device) -> float:
+    """As `_sample`, by the clock of a GPU."""
+    stream = torch.cuda.current_stream(device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    synchronize(device)
+    start.record(stream)
+    for _ in range(calls):
+        fn()
+    end.record(stream)
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3 / calls
 
 
 @contextmanager

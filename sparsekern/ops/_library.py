@@ -19,17 +19,23 @@ def define(schema: str, reference, fake):
     return getattr(torch.ops.sparsekern, name).default
 
 
+# Activations whose gradient needs no more than their output.
+FROM_OUTPUT = ("relu", "relu6")
+
+
 def activate(y: torch.Tensor, activation: str, op: str) -> torch.Tensor:
-    """The fused activations by name: none, relu, gelu (erf), gelu_tanh."""
+    """The fused activations by name: none, relu, relu6, gelu (erf), gelu_tanh."""
     if activation == "none":
         return y
     if activation == "relu":
         return torch.relu(y)
+    if activation == "relu6":
+        return torch.nn.functional.relu6(y)
     if activation in ("gelu", "gelu_tanh"):
         approximate = "tanh" if activation == "gelu_tanh" else "none"
         return torch.nn.functional.gelu(y, approximate=approximate)
     raise RuntimeError(
-        f"{op}: expected activation to be none, relu, gelu or gelu_tanh, got '{activation}'"
+        f"{op}: expected activation to be none, relu, relu6, gelu or gelu_tanh, got '{activation}'"
     )
 
 
@@ -37,6 +43,8 @@ def activation_backward(grad, activation: str, output, pre_activation):
     """Gradient before the activation; `pre_activation` is called only where it is needed."""
     if activation == "relu":
         return torch.ops.aten.threshold_backward(grad, output, 0)
+    if activation == "relu6":
+        return torch.ops.aten.hardtanh_backward(grad, output, 0, 6)
     if activation in ("gelu", "gelu_tanh"):
         approximate = "tanh" if activation == "gelu_tanh" else "none"
         return torch.ops.aten.gelu_backward(grad, pre_activation(), approximate=approximate)
@@ -55,7 +63,7 @@ def save_for_gradients(ctx, x, values, crow, col, bias, plan, plan_t, output) ->
         bias if recompute else None,
         plan,
         plan_t,
-        output if ctx.activation == "relu" else None,
+        output if ctx.activation in FROM_OUTPUT else None,
     )
 
 

@@ -7,7 +7,7 @@ and plan as in csr_linear. Weight-only: products and sums are float32 (Dettmers 
 
 import torch
 
-from ._library import activate, activation_backward, csr_to_dense, define
+from ._library import FROM_OUTPUT, activate, activation_backward, csr_to_dense, define
 from .csr import csr_linear_grad_input
 
 OP = "csr_linear_int8"
@@ -49,7 +49,7 @@ def _setup_context(ctx, inputs, output):
         col,
         bias if recompute else None,
         plan,
-        output if ctx.activation == "relu" else None,
+        output if ctx.activation in FROM_OUTPUT else None,
     )
 
 

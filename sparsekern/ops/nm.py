@@ -11,7 +11,7 @@ gradients run on) are made by nm_plan; without them the ops make their own on ea
 
 import torch
 
-from ._library import activate, activation_backward, define
+from ._library import FROM_OUTPUT, activate, activation_backward, define
 from .block import check_values
 
 LINEAR = "nm_linear"
@@ -142,7 +142,7 @@ def save_for_gradients(ctx, x, values, index, bias, plan, plan_t, output) -> Non
         bias if recompute else None,
         plan,
         plan_t,
-        output if ctx.activation == "relu" else None,
+        output if ctx.activation in FROM_OUTPUT else None,
     )
 
 

@@ -7,9 +7,12 @@ from .lottery import LotteryTicket
 from .masks import MaskOverlap, layer_collapse, mask_overlap
 from .methods.slimming import slimming_penalty
 from .owl import owl
+from .penalties import weight_penalty
 from .pruner import Pruner
+from .reconstruct import Reconstruction, reconstruct
 from .report import PrunedLayer, PruneReport
 from .sensitivity import Sensitivity, sensitivity
+from .threshold import threshold_scope
 
 __all__ = [
     "LotteryTicket",
@@ -17,6 +20,7 @@ __all__ = [
     "PruneReport",
     "PrunedLayer",
     "Pruner",
+    "Reconstruction",
     "Sensitivity",
     "adjusted_dropout",
     "distillation_loss",
@@ -25,7 +29,10 @@ __all__ = [
     "owl",
     "prune",
     "recalibrate_batchnorm",
+    "reconstruct",
     "schedules",
     "sensitivity",
     "slimming_penalty",
+    "threshold_scope",
+    "weight_penalty",
 ]

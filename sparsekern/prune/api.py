@@ -24,21 +24,23 @@ def prune(
     """Set the least important weights of a model to zero, in place.
 
     Everything is checked before anything changes, and a failure on the way puts the weights back.
-    The result is deterministic: equal scores are decided by index.
+    The result is deterministic: equal scores are decided by index. In a distributed run give every
+    rank the same data; a `Pruner` averages over ranks with data of their own.
 
     Args:
         model: Any module; a single layer has the name "". Layers stay on their devices. A weight
             that several modules share is pruned once.
         method: From weights alone: `"magnitude"`, `"lp"`, `"fpgm"`, `"slimming"` and `"random"`.
-            From inputs: `"wanda"`, `"sparsegpt"`, `"apoz"` and `"synflow"` (of which only shapes
-            count). From gradients of a loss: `"snip"`, `"grasp"`, `"taylor"`, `"obd"` and
-            `"skeletonization"`. Each method's class in `sparsekern.prune.methods` names its paper
-            and options.
+            From inputs: `"wanda"`, `"sparsegpt"`, `"refit"`, `"apoz"` and `"synflow"` (of which
+            only shapes count). From gradients of a loss: `"snip"`, `"grasp"`, `"taylor"`, `"obd"`
+            and `"skeletonization"`. Each method's class in `sparsekern.prune.methods` names its
+            paper and options.
         sparsity: Share of zeros in [0, 1) over the pruned weights; default 0.9, or what an N:M
             pattern fixes (then any other value is an error).
         pattern: Pattern or its string, see `sparsekern.patterns.parse`.
         scope: `"global"` ranks the units of all layers together, `"uniform"` prunes every layer
-            alike, `"erk"` by the Erdos-Renyi-kernel rule, `"lamp"` by layer-adaptive magnitudes;
+            alike, `"erk"` by the Erdos-Renyi-kernel rule, `"lamp"` by layer-adaptive magnitudes,
+            `"std"` by magnitudes against the standard deviation of their layer (Han et al. 2015);
             exact to one unit, per layer for uniform, otherwise in total. A dict gives
             `{layer name or glob: sparsity}`; layers it does not name get `sparsity`, or stay dense
             without one. Default: the method's own. Every layer keeps at least one unit. N:M prunes

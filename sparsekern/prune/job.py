@@ -45,8 +45,8 @@ def prepare(
     check_scope(scope, layers, pattern)
     if chosen.per_layer and scope == "global":
         raise ValueError(
-            f"prune: expected a scope that gives each layer a budget (uniform, erk, lamp or a "
-            f"dict), which method {method!r} needs, got 'global'"
+            f"prune: expected a scope that gives each layer a budget (uniform, erk, lamp, std or "
+            f"a dict), which method {method!r} needs, got 'global'"
         )
     if sparsity is None and not isinstance(scope, Mapping):
         sparsity = pattern.sparsity if isinstance(pattern, NM) else DEFAULT_SPARSITY

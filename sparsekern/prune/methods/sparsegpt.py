@@ -14,7 +14,8 @@ from ..targets import Layer
 from .base import Method
 
 
-def _gram(layer: Layer, rows: Tensor) -> Tensor:
+def gram(layer: Layer, rows: Tensor) -> Tensor:
+    """`X^T X` of input rows `(groups, T, fan_in)`, float64 `(groups, fan_in, fan_in)`."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
     return (rows.mT @ rows).double()
 
@@ -40,7 +41,7 @@ class SparseGPT(Method):
     sequential: bool = True
     scope: ClassVar[str] = "uniform"
     needs: ClassVar[str] = "data"
-    statistic: ClassVar = staticmethod(_gram)
+    statistic: ClassVar = staticmethod(gram)
 
     def __post_init__(self):
         """Check the options."""

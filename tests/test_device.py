@@ -1,0 +1,165 @@
+"""What the conversion asks about a device, with devices that are not there."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import sparsekern as sk
+from sparsekern import convert, device, tune
+from sparsekern.candidate import Candidate
+from sparsekern.measure import timer
+
+
+def on(where, dtype=torch.float32):
+    return SimpleNamespace(device=torch.device(where), dtype=dtype)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU with kernels for the names in the returned set, as far as these functions look."""
+    kernels = {"csr_linear", "nm_linear", "block_linear", "block_conv2d"}
+    monkeypatch.setattr(device, "has_kernel", lambda op, where: op in kernels)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    return kernels
+
+
+@pytest.mark.parametrize(
+    ("where", "dtype", "said"),
+    [
+        ("cpu", torch.float64, ""),
+        ("cpu", torch.float16, "no kernel for torch.float16"),
+        ("cuda", torch.float16, ""),
+        ("cuda", torch.float64, "no kernel for torch.float64"),
+        ("mps", torch.float32, "no sparse kernel on mps in this version"),
+    ],
+)
+def test_dtypes_by_device(gpu, where, dtype, said):
+    assert device.device_obstacle(on(where, dtype)) == said
+
+
+def test_what_keeps_a_gpu_dense(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (7, 5))
+    said = device.device_obstacle(on("cuda:1"))
+    assert said == "sparse kernels need compute capability 8.0, cuda:1 has 7.5"
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert device.device_obstacle(on("cuda")) == "no sparse kernel for ROCm in this version"
+
+
+def test_without_the_cuda_half_the_reason_is_said(gpu, monkeypatch):
+    gpu.clear()
+    status = {"_C_cuda": {"loaded": False, "reason": "libcusparse.so.12 is missing"}}
+    monkeypatch.setattr(device, "native_status", lambda: status)
+    said = device.device_obstacle(on("cuda"))
+    assert said == "no sparse kernel on cuda here: libcusparse.so.12 is missing"
+
+
+def test_formats_with_a_kernel(gpu):
+    assert device.runnable(["block", "csr"], "Linear", "cuda") == ["block", "csr"]
+    assert device.runnable(["block", "csr"], "Conv2d", "cuda") == ["block"]
+    assert device.runnable(["nm", "csr"], "Conv2d", "cuda") == []
+    assert device.runnable(["nm", "csr"], "Conv2d", "cpu") == ["nm", "csr"]
+
+
+def test_kernels_are_known_to_the_dispatcher():
+    compiled = sk.doctor(quiet=True)["parts"]["CPU kernels (_C)"]["available"]
+    assert device.has_kernel("csr_linear", "cpu") == compiled
+    assert not device.has_kernel("csr_linear", "mps")
+
+
+def test_weights_are_timed_cold_where_the_model_is_larger_than_the_l2(monkeypatch):
+    l2 = SimpleNamespace(L2_cache_size=1000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda where: l2)
+    small, large = nn.Linear(10, 10), nn.Linear(16, 16)
+    assert device.cold_bytes(large, torch.device("cpu")) == 0
+    assert device.cold_bytes(small, torch.device("cuda")) == 0
+    assert device.cold_bytes(large, torch.device("cuda")) == 2000
+
+
+def test_copies_take_turns_until_they_fill_the_cache():
+    layer, seen = nn.Linear(10, 10, bias=False), []
+    layers = tune._copies(layer, 1000)
+    assert [type(m) for m in layers] == [nn.Linear] * 3 and layers[0] is layer
+    assert len({m.weight.data_ptr() for m in layers}) == 3
+    assert tune._copies(layer, 0) == [layer]
+    assert len(tune._copies(layer, 10**9)) == tune.MAX_COPIES
+    call = tune._inference_call([lambda x, i=i: seen.append(i) for i in range(3)], None)
+    for _ in range(4):
+        call()
+    assert seen == [0, 1, 2, 0]
+
+
+def test_key_of_a_gpu_names_all_a_timing_depends_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (9, 0))
+    key = tune.device_key(torch.device("cuda"))
+    for part in ("NVIDIA H200, sm_90", "without _C_cuda", "triton ", torch.__version__):
+        assert part in key
+    assert tune.package_version("no-such-package") == "none"
+
+
+def test_a_gpu_tells_the_time_between_two_events(monkeypatch):
+    """A fake device whose every call takes 2 ms by its clock."""
+    clock = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.at = clock[0]
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda where: None)
+
+    def call():
+        clock[0] += 2.0
+
+    where = torch.device("cuda")
+    (timing,) = timer.interleaved([call], budget_s=1e-9, device=where, on_device=True)
+    assert timing.median_ms == pytest.approx(2.0) and timing.rounds == 5
+
+
+def pruned():
+    layer = nn.Linear(64, 64).eval()
+    layer.weight.data *= torch.rand(64, 64) > 0.9
+    return layer
+
+
+def test_a_wrong_result_keeps_the_layer_dense(monkeypatch):
+    monkeypatch.setattr(convert, "time_layer", lambda *a: (2.0, 1.0))
+    monkeypatch.setattr(sk.SparseLinear, "forward", lambda self, x: x.new_full((4, 64), 9.0))
+    model = sk.convert_to_sparse(pruned(), torch.randn(4, 64))
+    (row,) = sk.report(model).layers
+    assert row.format == "dense" and row.dense_ms is None
+    assert row.reason.startswith("csr does not run here: its result is off by ")
+
+
+def test_a_format_that_fails_on_a_gpu_is_named_and_skipped(monkeypatch):
+    def refuse(*arguments):
+        raise RuntimeError("csr_plan: cuSPARSE 11 is too old\nmore")
+
+    monkeypatch.setattr(convert, "_build", refuse)
+    site = SimpleNamespace(module=SimpleNamespace(weight=on("cuda")))
+    said = convert._try_format(None, Candidate([site]), "csr")
+    assert said == "csr does not run here: csr_plan: cuSPARSE 11 is too old"
+    site.module.weight = on("cpu")
+    with pytest.raises(RuntimeError, match="too old"):
+        convert._try_format(None, Candidate([site]), "csr")
+
+
+def test_without_inputs_nothing_becomes_sparse_on_a_gpu():
+    module = SimpleNamespace(weight=on("cuda:0"), _parameters={})
+    site = SimpleNamespace(module=module, obstacle="", weight=torch.eye(8), kind="Linear")
+    candidate = Candidate([site], sparsity=0.9)
+    convert._decide(SimpleNamespace(specs=None), candidate)
+    assert not candidate.take
+    assert candidate.reason == "not timed: pass example_inputs, no threshold is known for cuda:0"
