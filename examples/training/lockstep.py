@@ -1,4 +1,4 @@
-"""One network trained dense, masked and sparse: the same first weights, the same batches in turn."""
+"""One network trained dense, masked and sparse: the same first weights, the same batches."""
 
 import copy
 import time
@@ -19,7 +19,7 @@ from sparsekern.measure.timer import quantiles
 
 CHANNELS_LAST = "channels_last"
 # Bytes per parameter and step. SGD with momentum reads weight, gradient and momentum and writes
-# weight and momentum; a mask (1 byte) is applied to gradient, gradient and weight, read and written.
+# weight and momentum; a mask (1 byte) is applied to the gradient (twice) and to the weight.
 OPTIMIZER_BYTES, MASK_BYTES = 5 * 4, 3 * (1 + 2 * 4)
 
 

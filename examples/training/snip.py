@@ -3,10 +3,11 @@
     python examples/training/snip.py                       # resumes where it was stopped
     python examples/training/snip.py --seeds 0 --threads 2 --out timing.jsonl
 
-SNIP (Lee et al. 2019, arXiv:1810.02340) prunes a wide MLP and a CNN at their first weights to 90, 95
-and 98 %, as single weights and in blocks of 16 x 16. Each is trained dense, masked, and converted by
-`sk.convert_to_sparse(mode="training")`, all with the same first weights and the same batches, step
-by step in turn, so that whatever slows the machine slows all of them. `page.py` makes the page.
+SNIP (Lee et al. 2019, arXiv:1810.02340) prunes a wide MLP and a CNN at their first weights to 90,
+95 and 98 %, as single weights and in blocks of 16 x 16. Each is trained dense, masked, and
+converted by `sk.convert_to_sparse(mode="training")`, all with the same first weights and the same
+batches, step by step in turn, so that whatever slows the machine slows all of them. `page.py` makes
+the page.
 """
 
 import argparse
@@ -31,8 +32,8 @@ SETTINGS = (
 DEFAULTS = {
     "width": {"mlp": 2048, "cnn": 64},
     "batch": {"mlp": 512, "cnn": 128},
-    "train": {"mlp": 20480, "cnn": 5120},
-    "epochs": {"mlp": 5, "cnn": 5},
+    "train": {"mlp": 30720, "cnn": 7680},
+    "epochs": {"mlp": 5, "cnn": 4},
     "lr": {"mlp": 0.1, "cnn": 0.1},
 }
 
