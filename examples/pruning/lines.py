@@ -70,8 +70,8 @@ class Line:
         data = bench.data.first(self.images)
         training = Training(model, data, bench.options, epochs, seed)
         pruner = self._pruner(training, sparsity, seed, bench) if self.method else None
-        # Of an untrained network there is nothing to see.
-        pruned = accuracy(model, data.test) if self.when == "after" else None
+        one_shot = self.when == "after" and self.schedule is None
+        pruned = accuracy(model, data.test) if one_shot else None
         for _ in training.epochs(pruner, self._grown()):
             pass
         found = {"accuracy": accuracy(model, data.test), "pruned": pruned}

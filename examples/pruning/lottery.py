@@ -18,6 +18,7 @@ import sparsekern as sk
 NETWORK, OUTPUT = "LeNet-300-100", "fc3"
 ROUNDS = 8
 RATE = 1 - 10**-0.2  # share of what is left that goes in every round: 37 %
+FINAL = 1 - (1 - RATE) ** ROUNDS
 COMPARED = (2, 5, 8)  # rounds after which the controls are trained
 CONTROLS = {"new weights": "reinit", "random mask": "random_mask"}
 
@@ -34,8 +35,9 @@ class Lottery:
             self.model,
             self.training.optimizer,
             "magnitude",
+            FINAL,
             scope={OUTPUT: 1 - (1 - RATE / 2) ** ROUNDS},  # half the rate, as in the paper
-            schedule=sk.schedules.Iterative(1 - (1 - RATE) ** ROUNDS, ROUNDS, every=1),
+            schedule=sk.schedules.Iterative(FINAL, ROUNDS, every=1),
         )
         warm_up = self.training.epochs()
         for _ in range(rewind):
