@@ -73,9 +73,9 @@ def activate(y: torch.Tensor, activation: str, op: str) -> torch.Tensor:
 def activation_backward(grad, activation: str, output, pre_activation):
     """Gradient before the activation; `pre_activation` is called only where it is needed."""
     if activation == "relu":
-        return grad * (output > 0)
+        return torch.ops.aten.threshold_backward(grad, output, 0)
     if activation == "relu6":
-        return grad * ((output > 0) & (output < 6))
+        return torch.ops.aten.hardtanh_backward(grad, output, 0, 6)
     if activation in ("gelu", "gelu_tanh"):
         approximate = "tanh" if activation == "gelu_tanh" else "none"
         return torch.ops.aten.gelu_backward(grad, pre_activation(), approximate=approximate)
