@@ -1,18 +1,18 @@
 """The index forms that the few-token GPU kernels read instead of int32 columns.
 
-A decode step reads every stored weight once, so bytes bound it. At density d, for two-byte values, a
-dense weight costs 2 bytes, and
+A decode step reads every stored weight once, so bytes bound it. At density d, for two-byte values,
+a dense weight costs 2 bytes, and
 
-- `chunks` 3.25 d bytes: values in runs of eight, counted from the first value of the matrix, so that
-  a run is one aligned 16-byte load. A run has a 16-bit start, the column of its first value, and
-  eight one-byte distances from it. Values of a row that begins inside of the run count from
+- `chunks` 3.25 d bytes: values in runs of eight, counted from the first value of the matrix, so
+  that a run is one aligned 16-byte load. A run has a 16-bit start, the column of its first value,
+  and eight one-byte distances from it. Values of a row that begins inside of the run count from
   column 0 instead.
 - `columns` 4 d bytes: 16-bit columns; where some distance does not fit in a byte.
 - `bitmap` 2 d + 3 / 16 bytes: a word for 32 columns, and how many values of the row precede it.
 
 A plan holds `chunks` or `columns`, and `bitmap` too unless the weight is very sparse. It depends on
-the pattern alone: values stay in CSR order, so training never repacks them. Which forms a plan holds
-can be told from its size, so nothing has to be read back from the device.
+the pattern alone: values stay in CSR order, so training never repacks them. Which forms a plan
+holds can be told from its size, so nothing has to be read back from the device.
 """
 
 from typing import NamedTuple
@@ -76,7 +76,8 @@ def csr_decode_pack(crow: torch.Tensor, col: torch.Tensor, cols: int) -> torch.T
     """The plan of a pattern: int32, on its device. Waits for the device once.
 
     Args:
-        crow: `(rows + 1,)` int32, col: `(nnz,)` int32, rising inside each row; both checked before.
+        crow: `(rows + 1,)` int32, checked before.
+        col: `(nnz,)` int32, rising inside each row, checked before.
         cols: Columns of the weight.
 
     Returns:

@@ -43,97 +43,116 @@ DENSE_GRADIENT = 0.03
 
 
 @triton.jit
-def _run_columns(plan, chunk, inside, begin, COLUMNS_AT, BYTES: tl.constexpr):
-    """Columns (chunks, 8) of whole runs of values."""
-    at = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
+def _start_of_x(x, plan, run, inside, begin, BYTES: tl.constexpr):
+    """Where in x the distances of a run of eight values start."""
     if BYTES:
-        start = tl.load(plan.to(tl.pointer_type(tl.uint16)) + chunk, mask=inside, other=0)
-        start = tl.where(chunk * 8 >= begin, start.to(tl.int32), 0)
-        place = (plan + COLUMNS_AT * 4).to(tl.pointer_type(tl.uint8))
-        distance = tl.load(place + at, mask=inside[:, None], other=0)
-        return start[:, None] + distance.to(tl.int32)
-    column = tl.load(plan.to(tl.pointer_type(tl.uint16)) + at, mask=inside[:, None], other=0)
-    return column.to(tl.int32)
+        start = tl.load(plan.to(tl.pointer_type(tl.uint16)) + run, mask=inside, other=0)
+        start = tl.where(run * 8 >= begin, start.to(tl.int32), 0)
+    else:
+        start = tl.zeros(run.shape, tl.int32)
+    return x + start
 
 
 @triton.jit
-def _products(x, value, column, kept):
-    """value * x[column] in float32; 0 where not kept, whatever the value is."""
-    right = tl.load(x + column, mask=kept, other=0).to(tl.float32)
-    return tl.where(kept, value.to(tl.float32) * right, 0.0)
+def _distances(plan, columns_at, BYTES: tl.constexpr):
+    """Where the distances (or the columns, which are distances from 0) of all values are."""
+    if BYTES:
+        place = (plan + columns_at * 4).to(tl.pointer_type(tl.uint8))
+    else:
+        place = plan.to(tl.pointer_type(tl.uint16))
+    return place
+
+
+@triton.jit
+def _products(x, values, distances, item, kept):
+    """Products values[item] * x[distances[item]] in float32; 0 where not kept."""
+    left = tl.load(values + item, mask=kept, other=0).to(tl.float32)
+    right = tl.load(
+        x + tl.load(distances + item, mask=kept, other=0).to(tl.int32), mask=kept, other=0
+    )
+    return left * right.to(tl.float32)
+
+
+@triton.jit
+def _edges(begin, end):
+    """The two runs that a row shares with its neighbours, their items, and which are of the row."""
+    first, last = (begin + 7) // 8, end // 8
+    edge = tl.arange(0, 2)
+    run = tl.where(edge == 0, begin // 8, last)
+    low = tl.where(edge == 0, begin, tl.maximum(first, last) * 8)
+    high = tl.where(edge == 0, tl.minimum(first * 8, end), end)
+    item = run[:, None] * 8 + tl.arange(0, 8)[None, :]
+    return run, low < high, item, (item >= low[:, None]) & (item < high[:, None])
 
 
 @triton.jit
 def narrow_kernel(
-    x, values, crow, plan, bias, y, nnz, cols, rows, columns_at,
-    TOKENS: tl.constexpr, CHUNKS: tl.constexpr, BYTES: tl.constexpr,
+    x, values, crow, plan, bias, y, cols, rows, columns_at,
+    TOKENS: tl.constexpr, RUNS: tl.constexpr, BYTES: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """One row of the weight times one or two tokens; CHUNKS runs of eight values a step."""
+    """One row of the weight times one or two tokens; RUNS runs of eight values a step.
+
+    Runs that lie in the row need no test of single values; the two that it shares do.
+    """
     row = tl.program_id(0)
     begin, end = tl.load(crow + row), tl.load(crow + row + 1)
-    whole = nnz // 8  # the run that is not whole is read value by value
-    last = tl.minimum((end + 7) // 8, whole)
-    first_sum = tl.zeros((CHUNKS, 8), tl.float32)
-    second_sum = tl.zeros((CHUNKS, 8), tl.float32)
-    for step in range(begin // 8, last, CHUNKS):
-        chunk = step + tl.arange(0, CHUNKS)
-        inside = chunk < last
-        item = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
-        value = tl.load(values + item, mask=inside[:, None], other=0)
-        column = _run_columns(plan, chunk, inside, begin, columns_at, BYTES)
-        kept = (item >= begin) & (item < end) & inside[:, None]
-        first_sum += _products(x, value, column, kept)
+    distances = _distances(plan, columns_at, BYTES)
+    edge_run, touched, edge_item, kept = _edges(begin, end)
+    edge = _start_of_x(x, plan, edge_run, touched, begin, BYTES)[:, None]
+    one = tl.sum(tl.sum(_products(edge, values, distances, edge_item, kept), 1), 0)
+    if TOKENS == 2:
+        two = tl.sum(tl.sum(_products(edge + cols, values, distances, edge_item, kept), 1), 0)
+        sums_two = tl.zeros((RUNS, 8), tl.float32)
+    sums = tl.zeros((RUNS, 8), tl.float32)
+    last = end // 8
+    for step in range((begin + 7) // 8, last, RUNS):
+        run = step + tl.arange(0, RUNS)
+        inside = run < last
+        item = run[:, None] * 8 + tl.arange(0, 8)[None, :]
+        start = _start_of_x(x, plan, run, inside, begin, BYTES)[:, None]
+        sums += _products(start, values, distances, item, inside[:, None])
         if TOKENS == 2:
-            second_sum += _products(x + cols, value, column, kept)
-    if end > whole * 8:
-        chunk = whole + tl.arange(0, CHUNKS)
-        item = chunk[:, None] * 8 + tl.arange(0, 8)[None, :]
-        kept = (item >= begin) & (item < end)
-        value = tl.load(values + item, mask=kept, other=0)
-        column = _run_columns(plan, chunk, chunk == whole, begin, columns_at, BYTES)
-        first_sum += _products(x, value, column, kept)
-        if TOKENS == 2:
-            second_sum += _products(x + cols, value, column, kept)
+            sums_two += _products(start + cols, values, distances, item, inside[:, None])
     b = 0.0
     if HAS_BIAS:
         b = tl.load(bias + row).to(tl.float32)
-    tl.store(y + row, activate(tl.sum(tl.sum(first_sum, 1), 0) + b, ACTIVATION))
+    one += tl.sum(tl.sum(sums, 1), 0)
+    tl.store(y + row, activate(one + b, ACTIVATION))
     if TOKENS == 2:
-        total = tl.sum(tl.sum(second_sum, 1), 0) + b
-        tl.store(y + rows + row, activate(total, ACTIVATION))
+        two += tl.sum(tl.sum(sums_two, 1), 0)
+        tl.store(y + rows + row, activate(two + b, ACTIVATION))
 
 
 @triton.jit
 def wide_kernel(
-    x_t, values, crow, plan, bias, y, rows, tokens, stride, columns_at,
+    x_t, values, crow, plan, bias, y, rows, cols, tokens, columns_at,
     TOKENS: tl.constexpr, ITEMS: tl.constexpr, BYTES: tl.constexpr,
     HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """One row of the weight times TOKENS tokens; x_t (in, stride) holds the tokens of a column."""
+    """One row of the weight times TOKENS tokens; x_t (tiles of tokens, in, TOKENS)."""
     row = tl.program_id(0)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    place = tl.arange(0, TOKENS)
     begin, end = tl.load(crow + row), tl.load(crow + row + 1)
+    distances = _distances(plan, columns_at, BYTES)
+    x_t += tl.program_id(1).to(tl.int64) * cols * TOKENS
     total = tl.zeros((ITEMS, TOKENS), tl.float32)
     for step in range(begin, end, ITEMS):
         item = step + tl.arange(0, ITEMS)
         kept = item < end
         value = tl.load(values + item, mask=kept, other=0).to(tl.float32)
+        column = tl.load(distances + item, mask=kept, other=0).to(tl.int32)
         if BYTES:
             run = item // 8
             start = tl.load(plan.to(tl.pointer_type(tl.uint16)) + run, mask=kept, other=0)
-            place = (plan + columns_at * 4).to(tl.pointer_type(tl.uint8))
-            column = tl.load(place + item, mask=kept, other=0).to(tl.int32)
             column += tl.where(run * 8 >= begin, start.to(tl.int32), 0)
-        else:
-            place = plan.to(tl.pointer_type(tl.uint16))
-            column = tl.load(place + item, mask=kept, other=0).to(tl.int32)
-        at = x_t + (column * stride)[:, None] + token[None, :]
+        at = x_t + column[:, None] * TOKENS + place[None, :]
         right = tl.load(at, mask=kept[:, None], other=0).to(tl.float32)
         total += value[:, None] * right
     result = tl.sum(total, 0)
     if HAS_BIAS:
         result += tl.load(bias + row).to(tl.float32)
+    token = tl.program_id(1) * TOKENS + place
     tl.store(y + token * rows + row, activate(result, ACTIVATION), mask=token < tokens)
 
 
@@ -147,26 +166,26 @@ def _popcount(word):
 
 
 @triton.jit
-def _next_value(values, at, bits, BIT: tl.constexpr):
-    """The value of a bit, 0 where it is not set, and where the next one is."""
-    bit = (bits >> BIT) & 1
-    return tl.load(values + at, mask=bit != 0, other=0), at + bit.to(tl.int32)
+def _next_value(place, rank, bits, BIT: tl.constexpr):
+    """The value of a bit, 0 where it is not set, and the rank of the next one."""
+    kept = (bits & (1 << BIT)) != 0
+    return tl.load(place + rank, mask=kept, other=0), rank + kept.to(tl.int32)
 
 
 @triton.jit
-def _spread(values, at, bits):
-    """Values (rows, bytes) at the places `at`, spread to (rows, bytes, 8) by the low eight bits."""
-    v0, at = _next_value(values, at, bits, 0)
-    v1, at = _next_value(values, at, bits, 1)
-    v2, at = _next_value(values, at, bits, 2)
-    v3, at = _next_value(values, at, bits, 3)
-    v4, at = _next_value(values, at, bits, 4)
-    v5, at = _next_value(values, at, bits, 5)
-    v6, at = _next_value(values, at, bits, 6)
-    v7, at = _next_value(values, at, bits, 7)
-    even = tl.join(tl.join(v0, v4), tl.join(v2, v6))  # the last of the joins varies slowest: 4, 2
+def _spread(place, bits):
+    """Values (rows, bytes) from `place` on, spread to (rows, bytes, 2, 2, 2) by the low bits."""
+    v0, rank = _next_value(place, tl.zeros(bits.shape, tl.int32), bits, 0)
+    v1, rank = _next_value(place, rank, bits, 1)
+    v2, rank = _next_value(place, rank, bits, 2)
+    v3, rank = _next_value(place, rank, bits, 3)
+    v4, rank = _next_value(place, rank, bits, 4)
+    v5, rank = _next_value(place, rank, bits, 5)
+    v6, rank = _next_value(place, rank, bits, 6)
+    v7, rank = _next_value(place, rank, bits, 7)
+    even = tl.join(tl.join(v0, v4), tl.join(v2, v6))  # the innermost join varies slowest
     odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
-    return tl.join(even, odd)  # (rows, bytes, 2, 2, 2): 4s, 2s, 1s
+    return tl.join(even, odd)
 
 
 @triton.jit
@@ -198,7 +217,7 @@ def bitmap_kernel(
         shift = ((byte % 4) * 8).to(tl.uint32)[None, :]
         below = word & ((tl.full((1, 1), 1, tl.uint32) << shift) - 1)
         first = begin[:, None] + before + _popcount(below).to(tl.int32)
-        weight = tl.reshape(_spread(values, first, word >> shift), (ROWS, 8 * BYTES))
+        weight = tl.reshape(_spread(values + first, word >> shift), (ROWS, 8 * BYTES))
         column = step * (8 * BYTES) + tl.arange(0, 8 * BYTES)
         here = (column < cols)[:, None] & (token < tokens)[None, :]
         right = tl.load(x + token[None, :] * cols + column[:, None], mask=here, other=0)
@@ -257,7 +276,7 @@ def sddmm_kernel(
 
 
 def csr_decode(x, values, crow, col, plan, bias=None, activation="none"):
-    """y = act(x W^T + b) for at most 64 tokens of float32, float16 or bfloat16.
+    """Compute act(x W^T + b) for at most 64 tokens of float32, float16 or bfloat16.
 
     Raises:
         RuntimeError: Too many tokens, a foreign plan, or tensors that do not fit.
@@ -284,23 +303,23 @@ def _narrow(x, values, crow, plan, layout, bias, activation):
     y = x.new_empty((tokens, rows))
     with on_device(x):
         narrow_kernel[(rows,)](
-            x, values, crow, plan, bias, y, values.numel(), cols, rows, layout.columns // 4,
-            TOKENS=tokens, CHUNKS=32 * warps, BYTES=layout.bytes, HAS_BIAS=bias is not None,
+            x, values, crow, plan, bias, y, cols, rows, layout.columns // 4,
+            TOKENS=tokens, RUNS=32 * warps, BYTES=layout.bytes, HAS_BIAS=bias is not None,
             ACTIVATION=activation, num_warps=warps,
         )  # fmt: skip
     return y
 
 
 def _wide(x, values, crow, plan, layout, bias, activation):
-    rows, tokens = crow.numel() - 1, x.shape[0]
+    rows, (tokens, cols) = crow.numel() - 1, x.shape
     block = 4 if tokens <= 4 else 8
-    x_t = torch.nn.functional.pad(x, (0, 0, 0, -tokens % block)).t().contiguous()
+    x_t = torch.nn.functional.pad(x, (0, 0, 0, -tokens % block)).unflatten(0, (-1, block))
     y = x.new_empty((tokens, rows))
     with on_device(x):
-        wide_kernel[(rows, x_t.shape[1] // block)](
-            x_t, values, crow, plan, bias, y, rows, tokens, x_t.shape[1], layout.columns // 4,
-            TOKENS=block, ITEMS=128, BYTES=layout.bytes, HAS_BIAS=bias is not None,
-            ACTIVATION=activation, num_warps=1 if rows >= 4096 else 2,
+        wide_kernel[(rows, x_t.shape[0])](
+            x_t.transpose(1, 2).contiguous(), values, crow, plan, bias, y, rows, cols, tokens,
+            layout.columns // 4, TOKENS=block, ITEMS=128, BYTES=layout.bytes,
+            HAS_BIAS=bias is not None, ACTIVATION=activation, num_warps=1 if rows >= 4096 else 2,
         )  # fmt: skip
     return y
 
@@ -322,7 +341,7 @@ def _bitmap(x, values, crow, plan, layout, bias, activation, split=None):
 
 
 def csr_spmm(x, values, crow, col, bias=None, activation="none"):
-    """y = act(x W^T + b) for any number of tokens, of float16, bfloat16, float32 or float64.
+    """Compute act(x W^T + b) for any number of tokens, of float16, bfloat16, float32 or float64.
 
     Raises:
         RuntimeError: Tensors that do not fit.

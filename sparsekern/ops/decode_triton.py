@@ -54,7 +54,7 @@ def finish_kernel(
     parts, bias, y, rows, size,
     SPLIT: tl.constexpr, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """y = act(sum of the parts + bias), always added in the same order; size = tokens * rows."""
+    """Compute y = act(sum of the parts + bias), added in the same order; size = tokens * rows."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.zeros((BLOCK,), tl.float32)
