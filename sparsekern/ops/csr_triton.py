@@ -38,8 +38,6 @@ MAX_TOKENS = 64
 # From 3 tokens on the bitmap kernel wins where its bytes and its work per dense weight are fewer
 # than one 16-byte gather per nonzero costs; by the budget of bench/NOTES.md, not measured.
 WIDE_DENSITY = 0.25
-# Above this density a dense product and a gather take less time than a gather for each value.
-DENSE_GRADIENT = 0.03
 
 
 @triton.jit
@@ -364,8 +362,8 @@ def csr_spmm(x, values, crow, col, bias=None, activation="none"):
 def csr_sddmm(grad, x, crow, col):
     """The gradient (nnz,) of the values: grad (tokens, out) times x (tokens, in) where W is stored.
 
-    A dense product and a gather above 3 % density, as the tensor cores then win; a dot product for
-    each value below.
+    One dot product for each value. With many values a dense product on the tensor cores and a
+    gather take less time; the caller chooses.
 
     Raises:
         RuntimeError: grad or x that do not fit.
@@ -377,11 +375,6 @@ def csr_sddmm(grad, x, crow, col):
             f"csr_sddmm: expected grad of shape ({x.shape[0]}, {rows}), got {tuple(grad.shape)}"
         )
     tokens, nnz = x.shape[0], col.numel()
-    if nnz > DENSE_GRADIENT * rows * x.shape[1]:
-        row = torch.repeat_interleave(
-            torch.arange(rows, device=x.device), crow.diff().long(), output_size=nnz
-        )
-        return (grad.t() @ x)[row, col.long()]
     values = x.new_zeros(nnz) if tokens == 0 else x.new_empty(nnz)
     if 0 in (tokens, nnz):
         return values

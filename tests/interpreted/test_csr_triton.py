@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-import sparsekern  # noqa: F401  (registers the ops that csr_plan belongs to)
 from sparsekern.ops import csr_triton
 from sparsekern.ops.csr_decode_plan import layout_of
 from sparsekern.ops.csr_triton import csr_decode, csr_decode_pack, csr_sddmm, csr_spmm
@@ -140,18 +139,11 @@ def test_spmm(dtype, tokens):
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("tokens", [0, 1, 6, 150])
-@pytest.mark.parametrize("cols", [60, 1000])
-def test_sddmm(dtype, tokens, cols):
-    """Both ways: 60 columns are dense enough for the dense product, 1000 are not."""
-    _, crow, col, dense = pattern(5, cols, 1 - 20 / cols)
-    kept = dense != 0
-    if cols == 1000:
-        kept[1] = False
-        kept[1, :30] = True
-        crow[1:], col = kept.sum(1).cumsum(0), kept.nonzero()[:, 1].to(torch.int32)
-    grad, x = torch.randn(tokens, 5).to(dtype), torch.randn(tokens, cols).to(dtype)
-    want = (grad.double().T @ x.double())[kept]
+def test_sddmm(dtype, tokens):
+    _, crow, col, dense = pattern(5, 60, 0.6)
+    grad, x = torch.randn(tokens, 5).to(dtype), torch.randn(tokens, 60).to(dtype)
+    want = (grad.double().T @ x.double())[dense != 0]
     got = csr_sddmm(grad, x, crow, col)
     assert got.dtype == dtype
-    scale = max(1.0, float(want.abs().max())) if want.numel() else 1.0
+    scale = max(1.0, float(want.abs().max()))
     torch.testing.assert_close(got.double(), want, atol=TOLERANCE[dtype] * scale, rtol=0)
