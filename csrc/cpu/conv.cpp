@@ -55,10 +55,9 @@ Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& crow,
                 c.out_sink(nullptr), y.mutable_data_ptr<double>());
     return y;
   }
-  Planes planes;
-  Operands o = forward_operands(c, xc, y.mutable_data_ptr<float>(), &planes);
+  Operands o = output_operands(c, y.mutable_data_ptr<float>());
   o.values = vc.const_data_ptr<float>(), o.bias = data_or_null(b), o.activation = act;
-  run_spmm(holder.view, o);
+  run_conv(holder.view, o, input_image(c, xc), c.forward_y(), c.forward_x());
   return to_dtype(y, x.scalar_type());
 }
 
@@ -85,10 +84,9 @@ Tensor csr_conv2d_grad_input_cpu(const Tensor& grad, const Tensor& values, const
                 nullptr, kNone, c.in_sink(nullptr), out.mutable_data_ptr<double>());
     return out;
   }
-  Planes planes;
-  Operands o = backward_operands(c, gc, out.mutable_data_ptr<float>(), &planes);
+  Operands o = input_operands(c, out.mutable_data_ptr<float>());
   o.values = vc.const_data_ptr<float>(), o.perm = t.perm;
-  run_spmm(t.plan, o);
+  run_conv(t.plan, o, output_image(c, gc), c.backward_y(), c.backward_x());
   return to_dtype(out, grad.scalar_type());
 }
 

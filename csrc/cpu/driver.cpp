@@ -240,16 +240,12 @@ float* thread_scratch(ScratchSlot slot, int64_t floats) {
   return scratch.data;
 }
 
-// Groups of runs that are worth a thread when values are only moved.
-static int64_t pack_grain(const PlanView& plan) {
+int64_t pack_grain(const PlanView& plan) {
   const int64_t n = plan.n_row_blocks * plan.n_col_blocks;
   return std::max<int64_t>(1, 65536 * n / std::max<int64_t>(1, plan.nnz));
 }
 
-// The values in the order in which the kernel reads them. Worth its time from the second panel of
-// tokens on; null before that, unless the values are permuted anyhow.
-static const float* pack_values(const PlanView& plan, const Operands& o) {
-  if (!o.perm && o.tokens <= kernels().width * panel_vectors()) return nullptr;
+const float* pack_values(const PlanView& plan, const Operands& o) {
   float* packed = thread_scratch(kPacked, plan.nnz);
   const int64_t n = plan.n_row_blocks * plan.n_col_blocks;
   torch::stable::parallel_for(0, n, pack_grain(plan), [&](int64_t begin, int64_t end) {
@@ -274,7 +270,9 @@ static void run_panels(const PlanView& plan, const Operands& o, const float* pac
 
 void run_spmm(const PlanView& plan, const Operands& o) {
   if (o.tokens == 0 || plan.rows == 0) return;
-  run_panels(plan, o, pack_values(plan, o), panel_vectors(), kernels().spmm);
+  // Packing is worth its time from the second panel on, or where values are permuted anyhow.
+  const bool pack = o.perm || o.tokens > kernels().width * panel_vectors();
+  run_panels(plan, o, pack ? pack_values(plan, o) : nullptr, panel_vectors(), kernels().spmm);
 }
 
 void run_spmm_int8(const PlanView& plan, const Operands& o) {

@@ -69,7 +69,15 @@ TransposedHolder get_transposed(const std::string& op, const Pattern& p,
 
 // Memory of the calling thread that outlives the call: fresh pages for every call would cost as
 // much as small layers do. 64-byte aligned, valid until the thread asks for the same slot again.
-enum ScratchSlot { kTaskScratch, kPlanes, kGradPlanes, kGradPanels, kPacked, kScratchSlots };
+enum ScratchSlot {
+  kTaskScratch,
+  kPlanes,
+  kGradPlanes,
+  kGradPanels,
+  kPacked,
+  kLineOffsets,
+  kScratchSlots
+};
 float* thread_scratch(ScratchSlot slot, int64_t floats);
 
 struct Operands {
@@ -85,6 +93,12 @@ struct Operands {
   const int8_t* quantized;     // takes the place of `values` where `scales` is set,
   const float* scales;         // one per row
 };
+
+// The values in the order in which the kernel reads them, in scratch of the calling thread.
+const float* pack_values(const PlanView& plan, const Operands& operands);
+
+// Groups of runs that are worth a thread when values are only moved.
+int64_t pack_grain(const PlanView& plan);
 
 // out = act(values * source + bias), split over threads.
 void run_spmm(const PlanView& plan, const Operands& operands);
