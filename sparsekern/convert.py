@@ -59,19 +59,16 @@ def convert_to_sparse(
 ) -> nn.Module:
     """Swap pruned linear and convolution layers for sparse ones, where that is faster here.
 
-    Every layer is timed dense against sparse at the shapes it saw in a run of `example_inputs`, and
-    stays dense unless sparse wins by `min_gain`; the whole model is timed last and goes back if it
-    lost. Layers keep exactly the zeros that are there; where a `Pruner` left a mask, it tells the
-    pattern, and for training the weights to store. `sparsekern.report(model)` tells what happened
-    to each layer.
+    Every layer is timed at the shapes it saw in a run of `example_inputs` and stays dense unless
+    sparse wins by `min_gain`; the whole model is timed last and goes back if it lost. Layers keep
+    exactly the zeros that are there; where a `Pruner` left a mask, it tells the pattern, and for
+    training the weights to store. `sparsekern.report(model)` tells what happened to each layer.
 
-    For inference, batch normalisation is folded into the layer before it, and ReLU, ReLU6 and GELU
-    modules go into the sparse layers whose output they read, exactly up to rounding, where a
-    run of `example_inputs` shows that nothing else reads the tensor in between (see
-    `fold_batchnorm`), needs a model in eval mode, and is checked on the outputs of the whole model.
-    Max pools run by way of channels_last where that is faster, which changes no value. The modules
-    become an nn.Identity; `to_dense` brings activations back, a folded model stays
-    folded. A model that goes back to dense has its own modules and parameters again.
+    For inference (a model in eval mode) batch normalisation is folded into the layer before it, and
+    ReLU, ReLU6 and GELU modules go into the sparse layers whose output they read, where a run shows
+    that nothing else reads it (see `fold_batchnorm`); the outputs of the whole model are compared.
+    Max pools run by way of channels_last where that is faster. The modules become an nn.Identity;
+    `to_dense` brings activations back, a folded model stays folded.
 
     For training nothing is folded, only ReLU is fused (its gradient needs no more than its output),
     and max pools are chosen by forward and backward together. The example inputs run in the mode
@@ -80,10 +77,9 @@ def convert_to_sparse(
 
     Args:
         model: Any module; changed in place. Shared and tied layers stay shared and tied.
-        example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments of the
-            model (what a tokenizer returns is one).
-            None: nothing is timed, a threshold on the sparsity decides (linear 70 %, convolution
-            80 %; on a GPU all stay dense), and the report says so.
+        example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments (what a
+            tokenizer returns is one). None: nothing is timed, a threshold on the sparsity decides
+            (linear 70 %, convolution 80 %; on a GPU all stay dense), and the report says so.
         mode: `inference` times the forward pass; `training` times forward and both gradients and
             prepares the backward pass.
         min_gain: Least ratio dense time / sparse time to take a sparse layer.

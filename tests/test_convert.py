@@ -217,44 +217,38 @@ def test_shared_modules_and_tied_weights(monkeypatch):
     assert torch.equal(model(x), want)
 
 
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Plain(nn.Linear):
+    """A subclass without a forward of its own."""
+
+
+class Obstacles(nn.Module):
+    """Layers that must stay dense, and `plain`, which need not."""
+
+    def __init__(self):
+        super().__init__()
+        self.noisy, self.plain = sparsified(Noisy(16, 16)), sparsified(Plain(16, 16))
+        self.hooked, self.unused = sparsified(nn.Linear(16, 16)), sparsified(nn.Linear(16, 16))
+        self.hooked.register_forward_hook(lambda *a: None)
+        self.low = sparsified(nn.Linear(16, 16).half())
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+        self.pruned = torch_prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.9)
+        self.attention = nn.MultiheadAttention(16, 2)
+
+    def forward(self, x):
+        return self.plain(self.noisy(x))
+
+
 def test_layers_that_must_stay_dense_are_named(monkeypatch):
     forced(monkeypatch)
-
-    class Noisy(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) + 1
-
-    class Plain(nn.Linear):
-        """A subclass without a forward of its own."""
-
-    model = nn.ModuleDict(
-        {
-            "noisy": Noisy(16, 16),
-            "plain": Plain(16, 16),
-            "hooked": nn.Linear(16, 16),
-            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
-            "pruned": torch_prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.9),
-            "unused": nn.Linear(16, 16),
-            "low": nn.Linear(16, 16).half(),
-            "attention": nn.MultiheadAttention(16, 2),
-        }
-    )
-    for name in ("noisy", "plain", "hooked", "unused", "low"):
-        sparsified(model[name])
-    model["hooked"].register_forward_hook(lambda *a: None)
-
-    class Chain(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.parts = model
-
-        def forward(self, x):
-            return self.parts["plain"](self.parts["noisy"](x))
-
-    chain, x = Chain(), torch.randn(2, 16)
-    want = chain(x)
-    sk.convert_to_sparse(chain, x)
-    reasons = {row.name.removeprefix("parts."): row for row in sk.report(chain).layers}
+    model, x = Obstacles(), torch.randn(2, 16)
+    want = model(x)
+    sk.convert_to_sparse(model, x)
+    reasons = {row.name: row for row in sk.report(model).layers}
     assert "Noisy has a forward of its own" in reasons["noisy"].reason
     assert reasons["plain"].format == "csr"
     assert "hooks" in reasons["hooked"].reason
@@ -263,7 +257,7 @@ def test_layers_that_must_stay_dense_are_named(monkeypatch):
     assert "not called in the run" in reasons["unused"].reason
     assert "no kernel for torch.float16" in reasons["low"].reason
     assert "MultiheadAttention reads the weight" in reasons["attention.out_proj"].reason
-    torch.testing.assert_close(chain(x), want)
+    torch.testing.assert_close(model(x), want)
 
 
 def test_transformers_conv1d(monkeypatch):
