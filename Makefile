@@ -50,10 +50,10 @@ models: setup
 peers: setup
 	$(PY) bench/peers/install.py $(PEERS)
 
+# With the Python at hand, since a GPU machine has its own torch: build, tests, sweeps, a table.
+# SUITE takes some of them, OUT says where the results go, GPU_ARGS is handed through.
 gpu:
-	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu: no CUDA device'"
-	SPARSEKERN_CUDA= $(PYTHON) -m pip install --no-build-isolation --no-deps -e .
-	$(PYTHON) -m pytest -m gpu
+	PYTHONPATH=.:bench $(PYTHON) -m gpu $(if $(SUITE),--suite $(SUITE)) $(if $(OUT),--out $(OUT)) $(GPU_ARGS)
 
 # The native half with the address and undefined-behaviour sanitizers, under the tests of the ops.
 sanitize: setup

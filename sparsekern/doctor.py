@@ -150,7 +150,7 @@ def _gpu_energy() -> dict[str, object]:
     if not torch.cuda.is_available():
         return _part(False, "no GPU", "see GPU above")
     meter, reason = find_meter(torch.device("cuda", torch.cuda.current_device()))
-    remedy = "pip install nvidia-ml-py on a machine whose GPU has the counter"
+    remedy = "use a GPU that has the counter, with its driver's libnvidia-ml or nvidia-ml-py"
     return _part(meter is not None, f"{meter.source}, {reason}" if meter else reason, remedy)
 
 
