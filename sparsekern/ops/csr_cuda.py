@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._library import CUDA, check_indices
+from ._library import CUDA, check_activation, check_indices
 from .cuda_choice import run_fastest, shape_key
 from .cuda_libraries import CUSPARSE, find_library
 from .cuda_support import (
@@ -121,6 +121,7 @@ def _check_csr(op, x, values, crow, col) -> None:
 def _linear(x, values, crow, col, bias=None, plan=None, plan_t=None, activation="none"):
     op, rows, cols = "csr_linear", crow.numel() - 1, x.shape[-1]
     _check_csr(op, x, values, crow, col)
+    check_activation(op, activation)
     check_bias(op, bias, x, rows)
     with torch.cuda.device_of(x):
         x2d, values = aligned(x.reshape(-1, cols)), aligned(values)

@@ -85,6 +85,12 @@ def refuse(op: str, wanted: str, got) -> None:
     raise RuntimeError(f"{op}: expected {wanted}, got {got}")
 
 
+def check(condition, op: str, wanted: str, got) -> None:
+    """Refuse unless the condition holds."""
+    if not condition:
+        refuse(op, wanted, got)
+
+
 # Plain ifs: these run on every call, and to format a message costs as much as a launch.
 def check_operand(op: str, name: str, t: Tensor, like: Tensor, dtype: torch.dtype) -> None:
     """Refuse a tensor of another device or dtype."""

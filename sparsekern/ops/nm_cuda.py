@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import cslt
-from ._library import CUDA
+from ._library import CUDA, check_activation
 from .cuda_choice import run_fastest, shape_key
 from .cuda_support import (
     Record,
@@ -83,6 +83,7 @@ def _check_nm(op: str, x, values, index, rows: int, cols: int, n: int, m: int) -
 def _linear(x, values, index, bias, plan, plan_t, n, m, activation="none"):
     op, rows, cols = "nm_linear", index.shape[0], x.shape[-1]
     _check_nm(op, x, values, index, rows, cols, n, m)
+    check_activation(op, activation)
     check_bias(op, bias, x, rows)
     with torch.cuda.device_of(x):
         x2d, index = aligned(x.reshape(-1, cols)), index.contiguous()
