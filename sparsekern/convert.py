@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .candidate import Candidate, eval_mode, swap, swap_back, time_model
 from .conversion import REPORT, ConversionReport, LayerReport, report
-from .device import cold_bytes, runnable
+from .device import cold_bytes, format_fault
 from .fuse import Activations, Folds, Misread, check_agreement, run_once
 from .measure.structure import check_inputs, forward_call
 from .measure.timer import synchronize
@@ -253,10 +253,11 @@ def _decide(job: _Job, candidate: Candidate) -> None:
         return
     shape, groups = site.weight.shape, getattr(site.module, "groups", 1)
     fitting = fitting_formats(candidate.pattern, shape, groups)
-    formats = runnable(fitting, site.kind, device.type)
+    faults = {name: format_fault(name, site.kind, device) for name in fitting}
+    formats = [name for name, fault in faults.items() if not fault]
     if not formats:
         candidate.take = False
-        candidate.reason = f"no kernel of {' or '.join(fitting)} on {device.type} for {site.kind}"
+        candidate.reason = "; ".join(faults.values())
         return
     if job.specs is None:
         candidate.format = formats[0]
