@@ -7,6 +7,7 @@ picks the format that fits a pattern best.
 import torch
 from torch import Tensor
 
+from .ops._library import row_of_each
 from .ops.block import block_linear, block_plan, blocks_to_dense, dense_to_blocks, split_blocks
 from .ops.block_conv import block_conv2d
 from .ops.conv import csr_conv2d
@@ -59,8 +60,7 @@ class CSRWeight(SparseWeight):
 
     def rows(self) -> Tensor:
         """Row of each value, `(nnz,)` int64."""
-        index = torch.arange(self.shape[0], device=self.crow.device)
-        return torch.repeat_interleave(index, self.crow.diff().long())
+        return row_of_each(self.crow)
 
     def gather(self, dense: Tensor) -> Tensor:
         """The values `(nnz,)` of a dense weight at the stored positions."""

@@ -107,7 +107,7 @@ def test_copies_take_turns_until_they_fill_the_cache():
     assert len({m.weight.data_ptr() for m in layers}) == 3
     assert tune._copies(layer, 0) == [layer]
     assert len(tune._copies(layer, 10**9)) == tune.MAX_COPIES
-    call = tune._inference_call([lambda x, i=i: seen.append(i) for i in range(3)], None)
+    call = tune.inference_call([lambda x, i=i: seen.append(i) for i in range(3)], None)
     for _ in range(4):
         call()
     assert seen == [0, 1, 2, 0]

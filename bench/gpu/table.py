@@ -56,7 +56,8 @@ def _row(p: dict) -> tuple[str, ...]:
         p["suite"], p["case"] + chosen, p["pattern"], f"{p['sparsity']:.0%}", p["dtype"],
         f"{1e3 * dense:.1f}", f"{1e3 * ours:.1f}", f"{p['speedup']['median']:.2f}",
         f"{p['goal']:.2f}{'' if met(p) else ' missed'}" if p["goal"] else "",
-        f"{peer['median']:.2f}" if peer else "", " ".join(dict.fromkeys(p.get("ways", {}).values())),
+        f"{peer['median']:.2f}" if peer else "",
+        " ".join(dict.fromkeys(p.get("ways", {}).values())),
     )  # fmt: skip
 
 
