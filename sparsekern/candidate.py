@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .chain import Slot
+from .conversion import LayerReport
 from .fuse import FusedActivation
 from .measure.structure import forward_call
 from .measure.timer import interleaved, speedup
@@ -121,3 +122,20 @@ def _training_step(model: nn.Module, inputs) -> None:
         total = sum(t.float().sum() for t in leaves if isinstance(t, Tensor) and t.requires_grad)
         parameters = [p for p in model.parameters() if p.requires_grad]
         torch.autograd.grad(total, parameters, allow_unused=True)
+
+
+def rows(candidate: Candidate) -> list[LayerReport]:
+    """The lines of the report, one per layer of the group."""
+    row = LayerReport(
+        name="", kind="", shape=(), pattern=candidate.pattern, sparsity=candidate.sparsity,
+        format=candidate.format if candidate.take else "dense", dense_ms=candidate.dense_ms,
+        sparse_ms=candidate.sparse_ms, max_error=candidate.error, reason=candidate.reason,
+    )  # fmt: skip
+    found = [
+        replace(row, name=s.name, kind=s.kind, shape=tuple(getattr(s.module.weight, "shape", ())))
+        for s in candidate.sites
+    ]
+    if not candidate.take:
+        return found
+    pairs = zip(found, candidate.sparse, strict=True)
+    return [replace(row, activation=twin.activation) for row, twin in pairs]

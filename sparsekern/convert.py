@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .candidate import Candidate, eval_mode, swap, swap_back, time_model
-from .conversion import REPORT, ConversionReport, LayerReport, report
-from .device import cold_bytes, runnable
+from .candidate import Candidate, eval_mode, rows, swap, swap_back, time_model
+from .conversion import REPORT, ConversionReport, report
+from .device import cold_bytes, format_fault
 from .fuse import (
     FUSABLE,
     TRAINABLE,
@@ -255,11 +255,13 @@ def _decide(job: _Job, candidate: Candidate) -> None:
         candidate.reason = "not called in the run of example_inputs"
         return
     shape, groups = site.weight.shape, getattr(site.module, "groups", 1)
-    fitting = fitting_formats(candidate.pattern, shape, groups)
-    formats = runnable(fitting, site.kind, device.type)
+    faults = {
+        name: format_fault(name, site.kind, device)
+        for name in fitting_formats(candidate.pattern, shape, groups)
+    }
+    formats = [name for name, fault in faults.items() if not fault]
     if not formats:
-        candidate.take = False
-        candidate.reason = f"no kernel of {' or '.join(fitting)} on {device.type} for {site.kind}"
+        candidate.take, candidate.reason = False, "; ".join(faults.values())
         return
     if job.specs is None:
         candidate.format = formats[0]
@@ -390,7 +392,7 @@ def _revert(model, taken, result: ConversionReport, reason: str) -> nn.Module:
 
 def _describe(result: ConversionReport, job: _Job, candidates: list[Candidate]) -> None:
     """Fill in the report."""
-    result.layers = [row for c in candidates for row in _rows(c)]
+    result.layers = [row for c in candidates for row in rows(c)]
     taken = [c for c in candidates if c.take]
     if taken:
         result.folded = job.folds.names
@@ -399,19 +401,3 @@ def _describe(result: ConversionReport, job: _Job, candidates: list[Candidate]) 
             (result.pools if pool else result.fused).append(slot.name)
         if job.folds.reason:
             result.notes.append(job.folds.reason)
-
-
-def _rows(candidate: Candidate) -> list[LayerReport]:
-    row = LayerReport(
-        name="", kind="", shape=(), pattern=candidate.pattern, sparsity=candidate.sparsity,
-        format=candidate.format if candidate.take else "dense", dense_ms=candidate.dense_ms,
-        sparse_ms=candidate.sparse_ms, max_error=candidate.error, reason=candidate.reason,
-    )  # fmt: skip
-    rows = [
-        replace(row, name=s.name, kind=s.kind, shape=tuple(getattr(s.module.weight, "shape", ())))
-        for s in candidate.sites
-    ]
-    if not candidate.take:
-        return rows
-    pairs = zip(rows, candidate.sparse, strict=True)
-    return [replace(row, activation=twin.activation) for row, twin in pairs]

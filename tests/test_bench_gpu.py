@@ -435,3 +435,15 @@ def test_without_a_gpu_it_says_so_at_once():
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.strip() == "make gpu: expected a CUDA device, got none that torch can see"
+
+
+def test_the_way_an_op_went_is_part_of_a_point(monkeypatch):
+    p = cases.build(cases.Linear(64, 32, 40), "unstructured", 0.9, torch.float32)
+    key = ("csr_linear", 0, torch.float32, 32, 64, 15, 64)
+    other = ("csr_linear", 0, torch.float32, 32, 64, 15, 16)
+    chosen = {key: "cusparse 2c", other: "decode"}
+    monkeypatch.setattr(sweep, "choices", lambda: (chosen, {key: {"triton": "no Triton"}}))
+    found = sweep.ways(p)
+    assert found["ways"] == {"csr_linear T<=64": "cusparse 2c"}
+    lines = table._left_out([found])
+    assert lines == ["left out: csr_linear by triton: no Triton (1 points)"]

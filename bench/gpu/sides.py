@@ -20,7 +20,7 @@ from cases import Problem
 from torch import Tensor
 
 from gpu import clocks
-from sparsekern.device import has_kernel
+from sparsekern.device import format_fault
 
 # Largest accepted error over the largest exact output. float32 includes what TF32 does to it.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
@@ -174,9 +174,9 @@ def torch_csr(p: Problem) -> Built:
 def ours(p: Problem, layout: torch.memory_format = torch.contiguous_format) -> Built:
     """Our layer, module overhead included."""
     layer = baselines.sparse_layer(p)
-    op = f"{layer.weight.format}_{'linear' if p.case.kind == 'linear' else 'conv2d'}"
-    if not has_kernel(op, p.x.device.type):
-        raise RuntimeError(f"{op} has no kernel on {p.x.device.type}")
+    kind = "Linear" if p.case.kind == "linear" else "Conv2d"
+    if fault := format_fault(layer.weight.format, kind, p.x.device):
+        raise RuntimeError(fault)
     size = nbytes(layer.weight.values, *layer.weight.indices())
     if p.case.training:
         return size, lambda: baselines.sparse_call(p)

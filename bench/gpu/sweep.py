@@ -25,6 +25,7 @@ from gpu.pytest_journal import LOST, context_error
 from gpu.suites import SUITES, Work
 from sparsekern.measure import speedup
 from sparsekern.measure.energy import find_meter, measure_energy
+from sparsekern.ops.cuda_choice import choices, token_bucket
 
 DTYPES = {t: getattr(torch, t) for t in ("bfloat16", "float16", "float32")}
 ENERGY = {"window_s": 3.0, "windows": 2, "idle_s": 2.0}
@@ -115,7 +116,7 @@ def measure_point(p: cases.Problem, work: Work, budget_s: float, card) -> dict:
     found["speedup"] = asdict(speedup(best["dense"][1], time_ours))
     if "peer" in best:
         found["speedup_over_peer"] = asdict(speedup(best["peer"][1], time_ours))
-    found.update(rates(p, ours, time_ours))
+    found.update(rates(p, ours, time_ours), **ways(p))
     if work.energy:
         found["energy"] = joules({role: best[role][0] for role in ("dense", "ours")}, p.x.device)
     return found
@@ -128,6 +129,20 @@ def summary(side: sides.Side, timing) -> dict:
         "role": side.role, **{key: getattr(timing, key) for key in keys}, "clock": side.clock,
         "max_rel_error": side.error, "weight_bytes": side.weight_bytes, "copies": len(side.calls),
     }  # fmt: skip
+
+
+def ways(p: cases.Problem) -> dict[str, dict]:
+    """Which way each op of a linear problem went, and the ways that failed on this device."""
+    chosen, broken = choices()
+    rows, cols = p.weight.shape[0], p.weight[0].numel()
+
+    def mine(found: dict) -> dict:
+        return {
+            f"{key[0]} T<={key[6]}": value for key, value in found.items()
+            if key[2:5] == (p.x.dtype, rows, cols) and key[6] == token_bucket(p.case.tokens)
+        }  # fmt: skip
+
+    return {"ways": mine(chosen), "ways_left_out": mine(broken)}
 
 
 def rates(p: cases.Problem, side: sides.Side, timing) -> dict[str, float]:

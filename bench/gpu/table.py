@@ -33,7 +33,19 @@ def report(records: list[dict], suites: list[str]) -> str:
     return "\n".join(lines)
 
 
-HEAD = ("suite", "case", "pattern", "zeros", "dtype", "dense us", "ours us", "gain", "goal", "peer")
+HEAD = (
+    "suite",
+    "case",
+    "pattern",
+    "zeros",
+    "dtype",
+    "dense us",
+    "ours us",
+    "gain",
+    "goal",
+    "peer",
+    "way",
+)
 
 
 def _row(p: dict) -> tuple[str, ...]:
@@ -45,6 +57,7 @@ def _row(p: dict) -> tuple[str, ...]:
         f"{1e3 * dense:.1f}", f"{1e3 * ours:.1f}", f"{p['speedup']['median']:.2f}",
         f"{p['goal']:.2f}{'' if met(p) else ' missed'}" if p["goal"] else "",
         f"{peer['median']:.2f}" if peer else "",
+        " ".join(dict.fromkeys(p.get("ways", {}).values())),
     )  # fmt: skip
 
 
@@ -57,7 +70,10 @@ def _left_out(points: list[dict]) -> list[str]:
     """Each side that was left out anywhere, once per reason."""
     seen: dict[str, int] = {}
     for p in points:
-        for name, why in p.get("left_out", {}).items():
+        reasons = dict(p.get("left_out", {}))
+        for op, failed in p.get("ways_left_out", {}).items():
+            reasons |= {f"{op.split()[0]} by {way}": why for way, why in failed.items()}
+        for name, why in reasons.items():
             text = f"left out: {name}: {_cut(why)}"
             seen[text] = seen.get(text, 0) + 1
     return [f"{text} ({n} points)" for text, n in seen.items()]

@@ -38,6 +38,11 @@ def shape_key(op: str, x: Tensor, rows: int, cols: int, nnz: int, tokens: int) -
     return (op, x.device.index, x.dtype, rows, cols, density, token_bucket(tokens))
 
 
+def choices() -> tuple[dict[tuple, str], dict[tuple, dict[str, str]]]:
+    """The way chosen for each key so far, and by key and way why others were left out."""
+    return dict(_CHOSEN), {key: dict(why) for key, why in _BROKEN.items()}
+
+
 def run_fastest(key: tuple, ways: dict[str, Callable[[], Tensor]], like: Tensor) -> Tensor:
     """The result of the fastest way for this key; the first ones of `ways` are preferred untimed.
 
