@@ -232,10 +232,7 @@ def _decide(job: _Job, candidate: Candidate) -> None:
     """Fill in what the candidate's layers gain, and whether to take them."""
     site = candidate.sites[0]
     obstacle = next((s.obstacle for s in candidate.sites if s.obstacle), "")
-    if "weight" in site.module._parameters and not site.module.weight.is_meta:
-        candidate.mask = _mask_to_store(job, candidate)
-        kept = site.weight != 0 if candidate.mask is None else candidate.mask
-        candidate.sparsity = float((~kept).float().mean()) if kept.numel() else 0
+    _count_zeros(job, candidate)
     if obstacle:
         candidate.reason = obstacle
         return
@@ -275,6 +272,14 @@ def _decide(job: _Job, candidate: Candidate) -> None:
     candidate.take = gain >= job.min_gain
     gained = f"{'faster' if candidate.take else 'not faster'}: {gain:.2f}x"
     candidate.reason = "; ".join([gained, *refused])
+
+
+def _count_zeros(job: _Job, candidate: Candidate) -> None:
+    site = candidate.sites[0]
+    if "weight" in site.module._parameters and not site.module.weight.is_meta:
+        candidate.mask = _mask_to_store(job, candidate)
+        kept = site.weight != 0 if candidate.mask is None else candidate.mask
+        candidate.sparsity = float((~kept).float().mean()) if kept.numel() else 0
 
 
 def _mask_to_store(job: _Job, candidate: Candidate) -> Tensor | None:

@@ -28,7 +28,8 @@ def permute_channels(
     before and after, as the layer that makes the channels and all that read them are permuted
     alike; but other weights share a group. Do it before pruning, and before an optimizer has
     momentum. Greedy: in every round the best swaps of two channels between groups, until none
-    helps. A round costs about `channels^2 * rows` operations for what has changed.
+    helps. A round costs about `channels^2 * rows` operations for what has changed: 1536 channels
+    and 384 rows take about a minute on one core.
 
     Channels are permuted where `torch.fx` can follow them to all their readers, as for
     `remove_dead_neurons`, without a flatten in between.
