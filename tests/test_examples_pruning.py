@@ -159,9 +159,11 @@ def test_lottery_rewinds_to_the_first_weights(bench, tmp_path):
     for number, point in enumerate(tickets):
         # The output layer, 0.4 % of the weights, loses half as much.
         assert point["sparsity"] == pytest.approx(1 - 10 ** (-0.2 * number), abs=0.002)
+    compared = [tickets[number] for number in lottery.COMPARED]
     for control in lottery.CONTROLS:
-        chosen = [p["sparsity"] for p in points if p["line"] == control]
-        assert chosen == [tickets[number]["sparsity"] for number in lottery.COMPARED]
+        chosen = [p for p in points if p["line"] == control]
+        assert [p["sparsity"] for p in chosen] == [p["sparsity"] for p in compared]
+        assert [p["curve"] for p in chosen] != [p["curve"] for p in compared]
 
 
 def test_lottery_rewinds_to_a_later_epoch(tmp_path):
