@@ -299,6 +299,18 @@ def test_a_finalized_model_converts_to_the_same_outputs():
             use()
 
 
+def _check_refit(part):
+    """A method that updates weights from data: the same on all ranks, as from all the data."""
+    model, whole = mlp(), mlp()
+    Pruner(model, sgd(model), "refit", 0.5, data=[X[part]])
+    mine = torch.cat([weight.flatten() for weight in weights(model)])
+    other = [torch.empty_like(mine) for _ in range(2)]
+    torch.distributed.all_gather(other, mine)
+    assert torch.equal(other[0], other[1])
+    sk.prune(whole, "refit", 0.5, data=[X[:24], X[24:]])
+    torch.testing.assert_close(mine, torch.cat([weight.flatten() for weight in weights(whole)]))
+
+
 def run_rank(rank, path):
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(path, 2)
@@ -325,6 +337,7 @@ def run_rank(rank, path):
         other = [torch.empty_like(mine) for _ in range(2)]
         torch.distributed.all_gather(other, mine)
         assert torch.equal(other[0], other[1])
+    _check_refit(part)
     torch.distributed.destroy_process_group()
 
 
