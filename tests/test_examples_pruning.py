@@ -125,6 +125,15 @@ def test_random_masks_take_over_the_shares_of_snip(bench):
     assert len(set(snip["layers"].values())) == 3
 
 
+def test_snip_on_convolutions(tmp_path):
+    import snip
+
+    records = execute(snip.EXPERIMENT, tmp_path / "lines.jsonl", "--only", "LeNet-5")
+    found = {(r["key"]["line"], r["key"]["sparsity"]): r for r in records.done.values()}
+    assert len(found) == 5 and "conv2" in found["SNIP, LeNet-5", 0.98]["layers"]
+    assert found["SNIP, LeNet-5", 0.98]["sparsity"] == pytest.approx(0.98, abs=1e-4)
+
+
 @pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.98])
 def test_small_networks_use_their_budget(sparsity):
     import networks
@@ -150,9 +159,11 @@ def test_lottery_rewinds_to_the_first_weights(bench, tmp_path):
     for number, point in enumerate(tickets):
         # The output layer, 0.4 % of the weights, loses half as much.
         assert point["sparsity"] == pytest.approx(1 - 10 ** (-0.2 * number), abs=0.002)
+    compared = [tickets[number] for number in lottery.COMPARED]
     for control in lottery.CONTROLS:
-        chosen = [p["sparsity"] for p in points if p["line"] == control]
-        assert chosen == [tickets[number]["sparsity"] for number in lottery.COMPARED]
+        chosen = [p for p in points if p["line"] == control]
+        assert [p["sparsity"] for p in chosen] == [p["sparsity"] for p in compared]
+        assert [p["curve"] for p in chosen] != [p["curve"] for p in compared]
 
 
 def test_lottery_rewinds_to_a_later_epoch(tmp_path):

@@ -9,6 +9,7 @@ from results import Point, series, summary
 from sparsekern.measure.table import percent
 
 MARKERS = "osD^vPX*<>"
+RANGE = 30  # points of accuracy that a figure shows; networks that died lie below
 
 
 def draw(
@@ -53,6 +54,8 @@ def draw(
             capsize=2,
         )
     _by_density(axes, sorted(ticks))
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, high - RANGE), high)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=130)
     return path

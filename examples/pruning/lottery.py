@@ -50,7 +50,8 @@ class Lottery:
         for number in range(ROUNDS + 1):
             masks = {name: mask.clone() for name, mask in self.pruner.masks.items()}
             for line, control in CONTROLS.items() if number in COMPARED else ():
-                self.ticket.rewind(control=control, seed=self.seed)
+                # Not the seed of the first weights, or the new ones would be the same.
+                self.ticket.rewind(control=control, seed=1000 + self.seed)
                 yield self._train(line)
                 self.pruner.set_masks(masks)
             self.ticket.rewind()

@@ -12,7 +12,7 @@ class Point(NamedTuple):
 
     Attributes:
         line: What was done to the network.
-        sparsity: Share of zeros.
+        sparsity: Share of zeros that was asked for.
         seed: Of weights and data order.
         metric: `"accuracy"` after all training, `"pruned"` right after pruning.
         value: Percent of the test images.
@@ -30,7 +30,7 @@ def points(records: Records, suffix: Callable[[dict], str] = lambda key: "") -> 
     found = []
     for record in records.done.values():
         key = record["key"]
-        for point in record.get("points", [{**key, **record}]):
+        for point in record.get("points", [{**record, **key}]):
             place = point["line"] + suffix(key), round(point["sparsity"], 4), key["seed"]
             for metric in ("accuracy", "pruned"):
                 if point.get(metric) is not None:
