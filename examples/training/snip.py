@@ -6,8 +6,8 @@
 SNIP (Lee et al. 2019, arXiv:1810.02340) prunes a wide MLP and a CNN at their first weights to 90,
 95 and 98 %, as single weights and in blocks of 16 x 16. Each is trained dense, masked, and
 converted by `sk.convert_to_sparse(mode="training")`, all with the same first weights and the same
-batches, step by step in turn, so that whatever slows the machine slows all of them. `page.py` makes
-the page.
+batches, step by step in turn, so that whatever slows the machine slows all of them. `report.py`
+makes the page.
 """
 
 import argparse
