@@ -13,7 +13,8 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = [
     "--seeds", "0", "--sparsities", "0.9", "--patterns", "unstructured", "--masked",
     "unstructured 0.9", "--width", "mlp=64", "cnn=8", "--batch", "mlp=20", "cnn=20", "--train",
-    "mlp=60", "cnn=60", "--epochs", "mlp=2", "cnn=1", "--test", "40", "--contest", "0.01",
+    "mlp=60", "cnn=60", "--epochs", "mlp=2", "cnn=1", "--longer", "mlp=3", "cnn=1",
+    "--test", "40", "--contest", "0.01",
 ]  # fmt: skip
 LLAMA = [
     "--models", "lm", "--hidden", "16", "--inner", "32", "--layers", "1", "--heads", "2",
@@ -62,12 +63,15 @@ def test_training_runs_resumes_and_is_reported(tmp_path, capsys):
     assert [r["key"]["network"] for r in records] == ["mlp", "cnn"]
     for record in records:
         sides = record["sides"]
-        assert list(sides) == ["dense", "masked unstructured 0.9", "sparse unstructured 0.9"]
+        names = ["dense", "masked unstructured 0.9", "sparse unstructured 0.9"]
+        assert [name for name in sides if "epochs" not in name] == names
         assert all(side["energy"] == "modelled" and side["joules"] > 0 for side in sides.values())
         assert all(0 <= side["accuracy"] <= 100 for side in sides.values())
         masked, dense = sides["masked unstructured 0.9"], sides["dense"]
         assert masked["held_bytes"] > dense["held_bytes"] and masked["joules"] > dense["joules"]
-    assert records[0]["steps"] == 6
+    assert records[0]["sides"]["dense"]["steps"] == 6
+    assert records[0]["sides"]["sparse unstructured 0.9, 3 epochs"]["steps"] == 9
+    assert len(records[1]["sides"]) == 3
     report, text = script("training/report"), page(tmp_path)
     assert report.main(["--results", str(tmp_path), "--page", str(text)]) == 0
     assert "| sparse unstructured 0.9 |" in text.read_text()

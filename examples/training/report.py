@@ -56,10 +56,10 @@ def gains(records: Sequence[dict], name: str, clock: str) -> list[float]:
 def training_table(records: Sequence[dict]) -> str:
     """What every side of a network cost and how good it is."""
     head = [
-        "", "accuracy, %", "a step", "dense / it, wall", "dense / it, processor", "whole training",
-        "prune + convert", "peak memory", "energy of a step, modelled",
+        "", "accuracy, %", "a step", "step: dense / it", "by processor time", "all steps",
+        "all: dense / it", "prune + convert", "peak memory", "energy of a step, modelled",
     ]  # fmt: skip
-    rows = []
+    rows, base = [], [record["sides"]["dense"] for record in records]
     for name in records[0]["sides"]:
         sides = [record["sides"][name] for record in records]
 
@@ -73,6 +73,7 @@ def training_table(records: Sequence[dict]) -> str:
             times(mean(gains(records, name, "wall"))),
             times(mean(gains(records, name, "cpu"))),
             f"{average('wall_s'):.1f} s",
+            times(mean(dense["wall_s"] / side["wall_s"] for dense, side in zip(base, sides))),
             f"{average('made_s'):.1f} s",
             si(average("peak_bytes"), "B"),
             si(average("joules"), "J"),
@@ -93,13 +94,13 @@ def draw_training(path: Path, networks: dict[str, list[dict]]) -> None:
                  ylabel="test accuracy, %")  # fmt: skip
         for name in records[0]["sides"]:
             sides = [record["sides"][name] for record in records]
-            kind = name.split(" ")[name.startswith("sparse ")]
+            kind = name.split(" ")[name.startswith("sparse ")]  # "sparse block:16x16 0.9"
             scores = [side["accuracy"] for side in sides]
             x, y = mean(side["cpu_s"] for side in sides), mean(scores)
             error = stdev(scores) if len(scores) > 1 else None
             colour = f"C{list(MARKERS).index(kind)}"
             axes.errorbar(x, y, error, marker=MARKERS[kind], color=colour, capsize=2)
-            label = name.split(" ")[-1] if " " in name else name
+            label = name.split(" ", 1 + name.startswith("sparse "))[-1]
             axes.annotate(label, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
         for kind, marker in MARKERS.items():
             colour = f"C{list(MARKERS).index(kind)}"
@@ -120,11 +121,11 @@ def training(records: Records, folder: Path) -> str:
                  for name in found[0]["dense_forms_ms"]}  # fmt: skip
         contest = ", ".join(f"{name} {milliseconds(ms)}" for name, ms in forms.items())
         each = {name: settings[name][network] for name in ("width", "batch", "train", "epochs")}
+        steps = found[0]["sides"]["dense"]["steps"]
         parts += [
-            f"**{LABELS[network]}**, width {each['width']}: {found[0]['steps']} steps, "
-            f"{each['epochs']} epochs of {each['train']:,} images in batches of {each['batch']}, "
-            f"{len(found)} seeds. Forms of the dense network, a step, the fastest is taken: "
-            f"{contest}.",
+            f"**{LABELS[network]}**, width {each['width']}: {steps} steps, {each['epochs']} epochs "
+            f"of {each['train']:,} images in batches of {each['batch']}, {len(found)} seeds. Forms "
+            f"of the dense network, a step, the fastest is taken: {contest}.",
             training_table(found),
         ]
     return "\n\n".join([*parts, source(records)])
