@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
                 display.start(case.name, pattern, sparsity)
                 torch.set_num_threads(threads)
                 problem = cases.build(case, pattern, sparsity, DTYPES[dtype])
-                point = measure(problem, options.budget, options.peers, limits[threads])
+                point = measure(problem, options, limits[threads])
                 point = {"type": "point", "suite": suite, **point, "threads": threads}
                 writer.write(point)
                 display.add(point)
@@ -81,6 +81,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=duration, default=0.5,
                         help="seconds of timing per point, all sides together")  # fmt: skip
     add_peers(parser)
+    parser.add_argument("--int8", action="store_true",
+                        help="time our linear layers with int8 values as well")  # fmt: skip
     parser.add_argument("--out", type=Path, help="JSONL file to append to "
                         "(default bench/results/SUITE-TIME.jsonl)")  # fmt: skip
     return with_all_peers(parser.parse_args(arguments))
@@ -170,17 +172,17 @@ def commit() -> str | None:
     return checkout(FOLDER)
 
 
-def measure(problem: cases.Problem, budget_s: float, peers: list[str] | None, limits: dict) -> dict:
+def measure(problem: cases.Problem, options: argparse.Namespace, limits: dict) -> dict:
     """Time all sides of a problem against each other; see bench/README.md for the fields.
 
     `peers` None adds no peer, else those of torch and scipy and the engines named.
     """
-    case = problem.case
+    case, peers = problem.case, options.peers
     with nullcontext() if case.training else torch.inference_mode(), ExitStack() as stack:
-        sides, left_out = baselines.sides(problem, peers is not None)
+        sides, left_out = baselines.sides(problem, peers is not None, options.int8)
         engines, missing = baselines.engine_sides(problem, peers or (), stack)
         sides, left_out = [*sides[:-1], *engines, sides[-1]], {**left_out, **missing}
-        timings = baselines.time_all(sides, left_out, budget_s)
+        timings = baselines.time_all(sides, left_out, options.budget)
     rows = list(zip(sides, timings))
     ours = timings[-1]
     best, best_timing = min((r for r in rows if r[0].role == "dense"), key=lambda r: r[1].median_ms)

@@ -27,6 +27,7 @@ from .measure.timer import synchronize
 from .nn import SparseConv2d, SparseLinear
 from .patterns import Unstructured, detect
 from .pool import ChannelsLastMaxPool2d, faster_pools
+from .progress import track
 from .sites import find_sites, group_tied
 from .tune import (
     MIN_GAIN,
@@ -205,19 +206,6 @@ def _record_inputs(job: _Job, candidates) -> dict[int, Counter] | None:
     return specs
 
 
-def _with_progress(candidates, progress: bool | None):
-    import sys
-
-    show = progress if progress is not None else len(candidates) > 8 and sys.stderr.isatty()
-    if not show:
-        return candidates
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(candidates, "timing layers", console=console, transient=True)
-
-
 def _decide_all(job: _Job, candidates: list[Candidate], progress: bool | None) -> None:
     """Choose for every candidate, build the sparse twins, settle which activations they take."""
     job.specs = _record_inputs(job, candidates)
@@ -227,7 +215,7 @@ def _decide_all(job: _Job, candidates: list[Candidate], progress: bool | None) -
             kinds = FUSABLE if job.mode == "inference" else TRAINABLE
             job.activations = Activations(job.model, job.inputs, able, kinds)
         job.planned = job.activations.of_layers(able)
-    for candidate in _with_progress(candidates, progress):
+    for candidate in track(candidates, "timing layers", progress):
         _decide(job, candidate)
     job.tuning.save()
     taken = [c for c in candidates if c.take]

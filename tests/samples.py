@@ -216,6 +216,15 @@ CONV = [
     _conv(3, 3, (9, 4), 5, 3, 0.3, padding=1),
     _conv(2, 16, 9, 8, 3, 0.5, padding=1),
     _conv(1, 2, (70, 1), 4, (3, 1), 0.3, padding=(1, 0)),
+    # few values per column, rows that fill vectors: straight from shifted copies of the image
+    _conv(2, 24, 14, 20, 3, 0.8, padding=1, act="relu"),
+    _conv(1, 40, (30, 28), 36, 3, 0.9, padding=1, act="gelu"),
+    _conv(1, 16, (29, 55), 8, 3, 0.7, stride=2, padding=1),
+    _conv(2, 12, (17, 62), 12, 5, 0.8, padding=2, dilation=1, groups=2, act="relu6"),
+    _conv(1, 6, (10, 47), 6, (1, 3), 0.5, stride=(1, 3), dilation=(1, 2)),
+    _conv(2, 64, 16, 24, 1, 0.8, act="relu"),
+    _conv(1, 33, (8, 18), 9, 1, 0.7, act="gelu_tanh"),
+    _conv(1, 20, (28, 56), 40, 1, 0.8, stride=2),
 ]
 
 BLOCK = [

@@ -315,6 +315,18 @@ def test_what_a_run_cannot_show_is_noticed(name):
     assert note.startswith("nothing folded or fused: ") and message in note
 
 
+def test_a_run_that_fails_while_it_is_watched():
+    def watched(m, x):
+        if torch.overrides._get_current_function_mode_stack():
+            raise RuntimeError("no modes, please")
+        return m.b(m.act(m.a(x)))
+
+    report = fused(prepared(Two(watched)), torch.randn(5, 16))
+    assert report.n_sparse == 2 and not report.fused
+    (note,) = report.notes
+    assert "nothing folded or fused: a run could not be watched" in note and "no modes" in note
+
+
 def test_copies_and_pickles():
     model, x = chain(nn.ReLU()), torch.randn(5, 16)
     fused(model, x)

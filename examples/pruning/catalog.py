@@ -93,7 +93,7 @@ SNIP_MLP = (
     Line("magnitude of the first weights", "magnitude"),
     STATIC,
 )
-_lenet_5 = partial(Line, network="LeNet-5", images=1500)
+_lenet_5 = partial(Line, network="LeNet-5", images=1500, sparsities=(0.95, 0.98))
 SNIP_CNN = (
     _lenet_5("dense, LeNet-5"),
     _lenet_5("SNIP, LeNet-5", "snip"),
