@@ -73,7 +73,8 @@ def convert_to_sparse(
     For training nothing is folded, only ReLU is fused (its gradient needs no more than its output),
     and max pools are chosen by forward and backward together. The example inputs run in the mode
     the model is in; statistics of normalisations and random numbers come back as they were. Make
-    the optimizer after the conversion: the sparse layers have parameters of their own.
+    the optimizer after the conversion: the sparse layers have parameters of their own. A pruned
+    layer that stays dense trains its zeros, too; a `Pruner` keeps them where that matters.
 
     Args:
         model: Any module; changed in place. Shared and tied layers stay shared and tied.

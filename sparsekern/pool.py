@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from .chain import Slot, is_hooked, shallow_copy, slots
 from .measure.timer import interleaved
@@ -25,8 +26,29 @@ class ChannelsLastMaxPool2d(nn.MaxPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.MaxPool2d; the result is contiguous."""
+        if x.requires_grad and torch.is_grad_enabled():
+            sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
+            return _MaxPool.apply(x, [list(_pair(size)) for size in sizes], self.ceil_mode)
         last = x.contiguous(memory_format=torch.channels_last)
         return super().forward(last).contiguous()
+
+
+class _MaxPool(torch.autograd.Function):
+    """Forward by way of channels_last; the gradient, a scatter, in the contiguous layout."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sizes: list[list[int]], ceil_mode: bool) -> Tensor:
+        last = x.contiguous(memory_format=torch.channels_last)
+        y, index = torch.ops.aten.max_pool2d_with_indices(last, *sizes, ceil_mode)
+        ctx.save_for_backward(x, index.contiguous())
+        ctx.geometry = *sizes, ceil_mode
+        return y.contiguous()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, index = ctx.saved_tensors
+        back = torch.ops.aten.max_pool2d_with_indices_backward
+        return back(grad.contiguous(), x, *ctx.geometry, index), None, None
 
 
 def faster_pools(

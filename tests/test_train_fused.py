@@ -105,3 +105,20 @@ def test_gradient_of_an_activation_against_autograd(name):
     grad = torch.linspace(1, 2, 37, dtype=torch.float64)
     want = torch.autograd.grad(y, x, grad)[0]
     assert torch.equal(activation_backward(grad, name, y.detach(), None), want)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": 1, "padding": 1, "dilation": 2}, {"ceil_mode": True}]
+)
+def test_gradient_of_a_pool_by_way_of_channels_last(options):
+    plain = nn.MaxPool2d(3, **options)
+    twin = nn.MaxPool2d(3, **options)
+    twin.__class__ = pool.ChannelsLastMaxPool2d
+    x = torch.randn(2, 3, 9, 11, dtype=torch.float64).requires_grad_()
+    grad = torch.randn_like(plain(x))
+    want = torch.autograd.grad(plain(x), x, grad)[0]
+    assert torch.equal(torch.autograd.grad(twin(x), x, grad)[0], want)
+    assert twin(x).is_contiguous() and torch.equal(twin(x), plain(x))
+    assert torch.autograd.gradgradcheck(twin, x)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    assert torch.equal(torch.autograd.grad(compiled(x), x, grad)[0], want)

@@ -91,6 +91,7 @@ class Side:
         step = peak_forward_bytes(lambda: self.step(images, labels), images.device)
         return {
             "form": self.form,
+            "steps": len(self.wall),
             "made_s": self.made_s,
             "wall_s": sum(self.wall),
             "cpu_s": sum(self.cpu),

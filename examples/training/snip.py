@@ -6,12 +6,14 @@
 SNIP (Lee et al. 2019, arXiv:1810.02340) prunes a wide MLP and a CNN at their first weights to 90,
 95 and 98 %, as single weights and in blocks of 16 x 16. Each is trained dense, masked, and
 converted by `sk.convert_to_sparse(mode="training")`, all with the same first weights and the same
-batches, step by step in turn, so that whatever slows the machine slows all of them. `page.py` makes
-the page.
+batches, step by step in turn, so that whatever slows the machine slows all of them. What was masked
+is trained sparse once more for `--longer` epochs, still far below the time of the dense training.
+`report.py` makes the page.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,20 +22,22 @@ from wide import NETWORKS, fresh
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path[1:1] = [str(EXAMPLES), str(EXAMPLES / "pruning")]
-from data import DataError, Images, load  # noqa: E402
+from data import DataError, Images, Split, load  # noqa: E402
 from records import Records, RecordsError  # noqa: E402
 
 RESULTS = EXAMPLES.parent / "docs" / "experiments" / "training.jsonl"
 SETTINGS = (
-    "sparsities", "patterns", "masked", "batch", "train", "epochs", "test", "width", "lr",
-    "momentum", "threads",
+    "sparsities", "patterns", "masked", "batch", "train", "epochs", "longer", "test", "width",
+    "lr", "momentum", "threads",
 )  # fmt: skip
-# By network: width, images per batch, images to train on, epochs, learning rate.
+# By network: width, images per batch, images to train on, epochs, epochs of the sparse twins of
+# masked networks when they are trained once more and longer, learning rate.
 DEFAULTS = {
     "width": {"mlp": 2048, "cnn": 64},
     "batch": {"mlp": 512, "cnn": 128},
     "train": {"mlp": 30720, "cnn": 7680},
     "epochs": {"mlp": 5, "cnn": 4},
+    "longer": {"mlp": 7, "cnn": 5},
     "lr": {"mlp": 0.1, "cnn": 0.1},
 }
 
@@ -74,9 +78,19 @@ def run(options: argparse.Namespace, data: Images, network: str, seed: int) -> d
     """Train one network in all its forms; what each of them cost and how good it is."""
     single = {name: getattr(options, name)[network] for name in DEFAULTS}
     options = argparse.Namespace(**{**vars(options), **single})
-    train = data.first(options.train).train
-    options.steps = options.epochs * (len(train) // options.batch)
+    train, test = data.first(options.train).train, data.test[: options.test]
     sides, forms = _sides(options, train, network, seed)
+    found = _train(sides, options, train, test, seed)
+    if options.longer > options.epochs:
+        extended = argparse.Namespace(**{**vars(options), "epochs": options.longer})
+        sides, _ = _sides(extended, train, network, seed, only=options.masked)
+        trained = _train(sides, extended, train, test, seed)
+        found |= {f"{name}, {options.longer} epochs": cost for name, cost in trained.items()}
+    return {"dense_forms_ms": forms, "sides": found}
+
+
+def _train(sides: dict[str, Side], options, train: Split, test: Split, seed: int) -> dict:
+    """Train the sides in turn, step by step; their accuracies and costs."""
     order = torch.Generator().manual_seed(seed)
     for epoch in range(options.epochs):
         for step, batch in enumerate(train.batches(options.batch, order)):
@@ -84,27 +98,35 @@ def run(options: argparse.Namespace, data: Images, network: str, seed: int) -> d
             losses = {name: sides[name].timed_step(*batch) for name in names}
         shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         print(f"  epoch {epoch + 1}: loss {shown}", flush=True)
-    test = data.test[: options.test]
     found = {}
     for name, side in sides.items():
         score = accuracy(side, test.images, test.labels)
         found[name] = {"accuracy": score, "loss": losses[name], **side.costs(*batch)}
-    return {"steps": options.steps, "dense_forms_ms": forms, "sides": found}
+    return found
 
 
-def _sides(options, train, network: str, seed: int) -> tuple[dict[str, Side], dict[str, float]]:
-    """The networks by name, and the milliseconds of a step of each dense form."""
+def _sides(
+    options, train: Split, network: str, seed: int, only: Sequence[str] | None = None
+) -> tuple[dict[str, Side], dict[str, float]]:
+    """The networks by name, and the milliseconds of a step of each dense form.
+
+    With `only`, the sparse networks of these names and no others.
+    """
+    options.steps = options.epochs * (len(train) // options.batch)
     model = fresh(network, options.width, seed)
     scoring = torch.Generator().manual_seed(1000 + seed)  # not the order of the training
     batch = next(iter(train.batches(options.batch, scoring)))
-    dense, forms = dense_side(model, options, batch)
-    sides = {"dense": dense}
+    sides: dict[str, Side] = {}
+    forms: dict[str, float] = {}
+    if only is None:
+        sides["dense"], forms = dense_side(model, options, batch)
     for pattern in options.patterns:
         for sparsity in options.sparsities:
             name = f"{pattern} {sparsity:g}"
-            if name in options.masked:
-                sides[f"masked {name}"] = masked_side(dense, pattern, sparsity, batch)
-            sides[f"sparse {name}"] = sparse_side(model, options, pattern, sparsity, batch)
+            if only is None and name in options.masked:
+                sides[f"masked {name}"] = masked_side(sides["dense"], pattern, sparsity, batch)
+            if only is None or name in only:
+                sides[f"sparse {name}"] = sparse_side(model, options, pattern, sparsity, batch)
     return sides, forms
 
 
