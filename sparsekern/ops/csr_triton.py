@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .csr_decode_plan import CHUNK, csr_decode_pack, layout_of
+from .csr_decode_plan import csr_decode_pack, layout_of
 from .decode_triton import (
     INTERPRET,
     activate,
@@ -164,23 +164,32 @@ def _popcount(word):
 
 
 @triton.jit
-def _next_value(place, rank, bits, BIT: tl.constexpr):
-    """The value of a bit, 0 where it is not set, and the rank of the next one."""
-    kept = (bits & (1 << BIT)) != 0
-    return tl.load(place + rank, mask=kept, other=0), rank + kept.to(tl.int32)
+def _bit_value(place, nibbles, ranks, BIT: tl.constexpr):
+    """The value of a bit, 0 where it is not set."""
+    kept = (nibbles & (1 << 4 * BIT)) != 0
+    rank = ((ranks >> 4 * BIT) & 15).to(tl.int32)
+    return tl.load(place + rank, mask=kept, other=0)
 
 
 @triton.jit
-def _spread(place, bits):
-    """Values (rows, bytes) from `place` on, spread to (rows, bytes, 2, 2, 2) by the low bits."""
-    v0, rank = _next_value(place, tl.zeros(bits.shape, tl.int32), bits, 0)
-    v1, rank = _next_value(place, rank, bits, 1)
-    v2, rank = _next_value(place, rank, bits, 2)
-    v3, rank = _next_value(place, rank, bits, 3)
-    v4, rank = _next_value(place, rank, bits, 4)
-    v5, rank = _next_value(place, rank, bits, 5)
-    v6, rank = _next_value(place, rank, bits, 6)
-    v7, rank = _next_value(place, rank, bits, 7)
+def _spread(place, byte):
+    """Values (rows, bytes) from `place` on, spread to (rows, bytes, 2, 2, 2) by the bits of a byte.
+
+    Bits go to a nibble each; a product with 0x11111110 then puts into each nibble how many bits
+    are set before it (at most 7, so nothing carries).
+    """
+    nibbles = (byte | (byte << 12)) & 0x000F000F
+    nibbles = (nibbles | (nibbles << 6)) & 0x03030303
+    nibbles = (nibbles | (nibbles << 3)) & 0x11111111
+    ranks = nibbles * 0x11111110
+    v0 = _bit_value(place, nibbles, ranks, 0)
+    v1 = _bit_value(place, nibbles, ranks, 1)
+    v2 = _bit_value(place, nibbles, ranks, 2)
+    v3 = _bit_value(place, nibbles, ranks, 3)
+    v4 = _bit_value(place, nibbles, ranks, 4)
+    v5 = _bit_value(place, nibbles, ranks, 5)
+    v6 = _bit_value(place, nibbles, ranks, 6)
+    v7 = _bit_value(place, nibbles, ranks, 7)
     even = tl.join(tl.join(v0, v4), tl.join(v2, v6))  # the innermost join varies slowest
     odd = tl.join(tl.join(v1, v5), tl.join(v3, v7))
     return tl.join(even, odd)
@@ -215,13 +224,13 @@ def bitmap_kernel(
         shift = ((byte % 4) * 8).to(tl.uint32)[None, :]
         below = word & ((tl.full((1, 1), 1, tl.uint32) << shift) - 1)
         first = begin[:, None] + before + _popcount(below).to(tl.int32)
-        weight = tl.reshape(_spread(values + first, word >> shift), (ROWS, 8 * BYTES))
+        weight = tl.reshape(_spread(values + first, (word >> shift) & 255), (ROWS, 8 * BYTES))
         column = step * (8 * BYTES) + tl.arange(0, 8 * BYTES)
         here = (column < cols)[:, None] & (token < tokens)[None, :]
         right = tl.load(x + token[None, :] * cols + column[:, None], mask=here, other=0)
         if UPCAST:
             weight, right = weight.to(tl.float32), right.to(tl.float32)
-        total = tl.dot(weight, right, total, input_precision="ieee")
+        total = tl.dot(weight, right, total, input_precision="tf32x3")
     store_tile(total, y, bias, row, token, rows, tokens, part, SPLIT, HAS_BIAS, ACTIVATION)
 
 
@@ -325,17 +334,21 @@ def _wide(x, values, crow, plan, layout, bias, activation):
 def _bitmap(x, values, crow, plan, layout, bias, activation, split=None):
     x = x.contiguous()
     rows, (tokens, cols) = crow.numel() - 1, x.shape
-    block, columns = 64, 128
-    tiles, steps = triton.cdiv(rows, block), triton.cdiv(cols, columns)
+    settings = bitmap_settings(tokens, x.element_size())
+    tiles, steps = triton.cdiv(rows, settings["ROWS"]), triton.cdiv(cols, 8 * settings["BYTES"])
     split = split or split_for(tiles, steps, x.device)
 
     def arguments(y):
         sizes = (rows, cols, tokens, steps, layout.words // 4, layout.prefix // 4)
-        named = {"ROWS": block, "BYTES": columns // CHUNK, "UPCAST": INTERPRET}
-        named["TOKENS"] = max(16, triton.next_power_of_2(tokens))
-        return (x, values, crow, plan, bias, y, *sizes), {**named, "num_warps": 4}
+        return (x, values, crow, plan, bias, y, *sizes), {**settings, "UPCAST": INTERPRET}
 
     return run_split(bitmap_kernel, tiles, split, x, rows, bias, activation, arguments)
+
+
+def bitmap_settings(tokens: int, itemsize: int) -> dict:
+    """Tile and warps of the bitmap kernel that keep its values in registers."""
+    wide = {"ROWS": 64, "BYTES": 16 if itemsize == 2 else 8, "num_warps": 4}
+    return {"TOKENS": max(16, triton.next_power_of_2(tokens)), **wide}
 
 
 def csr_spmm(x, values, crow, col, bias=None, activation="none"):

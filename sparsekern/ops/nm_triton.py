@@ -37,6 +37,36 @@ def _group_tile(
 
 
 @triton.jit
+def _slot(values, at, slot, slots, inside):
+    return tl.load(values + at + slot, mask=inside & (slot < slots), other=0)
+
+
+@triton.jit
+def _two_of_four(values, index, row, byte, inside, slots, row_bytes, BYTES: tl.constexpr):
+    """The dense weights (rows, 8 * BYTES) of bytes of a 2:4 index, two groups each.
+
+    Positions rise, so the first value of a group is never last, and the second never first. A lane
+    builds eight neighbours, which the joins leave where they are.
+    """
+    code = tl.load(index + (row * row_bytes)[:, None] + byte[None, :], mask=inside, other=0)
+    code = code.to(tl.int32)
+    at, slot = (row * slots)[:, None], (byte * 4)[None, :]
+    v0, v1 = _slot(values, at, slot, slots, inside), _slot(values, at, slot + 1, slots, inside)
+    v2, v3 = _slot(values, at, slot + 2, slots, inside), _slot(values, at, slot + 3, slots, inside)
+    p0, p1, p2, p3 = code & 3, (code >> 2) & 3, (code >> 4) & 3, code >> 6
+    zero = tl.zeros(v0.shape, v0.dtype)
+    c0, c3 = tl.where(p0 == 0, v0, zero), tl.where(p1 == 3, v1, zero)
+    c1 = tl.where(p0 == 1, v0, tl.where(p1 == 1, v1, zero))
+    c2 = tl.where(p0 == 2, v0, tl.where(p1 == 2, v1, zero))
+    c4, c7 = tl.where(p2 == 0, v2, zero), tl.where(p3 == 3, v3, zero)
+    c5 = tl.where(p2 == 1, v2, tl.where(p3 == 1, v3, zero))
+    c6 = tl.where(p2 == 2, v2, tl.where(p3 == 2, v3, zero))
+    even = tl.join(tl.join(c0, c4), tl.join(c2, c6))  # the innermost join varies slowest
+    odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
+    return tl.reshape(tl.join(even, odd), (row.shape[0], 8 * BYTES))
+
+
+@triton.jit
 def decode_kernel(
     x, values, index, bias, y, rows, cols, tokens, slots, row_bytes, steps,
     N: tl.constexpr, M: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr,
@@ -50,12 +80,20 @@ def decode_kernel(
     share = (steps + SPLIT - 1) // SPLIT
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for step in range(part * share, tl.minimum(part * share + share, steps)):
-        group = step * GROUPS + tl.arange(0, GROUPS)
-        inside = (row < rows)[:, None] & (group * N < slots)[None, :]
-        tile = _group_tile(
-            values, index, row.to(tl.int64), group, inside, slots, row_bytes, N, M, WIDE, BITS
-        )
-        weight = tl.reshape(tile, (ROWS, GROUPS * WIDE))
+        wide_row = row.to(tl.int64)
+        if N == 2 and M == 4:
+            byte = step * (GROUPS // 2) + tl.arange(0, GROUPS // 2)
+            inside = (row < rows)[:, None] & (byte < row_bytes)[None, :]
+            weight = _two_of_four(
+                values, index, wide_row, byte, inside, slots, row_bytes, GROUPS // 2
+            )
+        else:
+            group = step * GROUPS + tl.arange(0, GROUPS)
+            inside = (row < rows)[:, None] & (group * N < slots)[None, :]
+            tile = _group_tile(
+                values, index, wide_row, group, inside, slots, row_bytes, N, M, WIDE, BITS
+            )
+            weight = tl.reshape(tile, (ROWS, GROUPS * WIDE))
         place = tl.arange(0, GROUPS * WIDE)
         if WIDE == M:  # runs that 16-byte loads may take
             column = step * (GROUPS * M) + place
@@ -67,7 +105,7 @@ def decode_kernel(
         right = tl.load(x + token[None, :] * cols + column[:, None], mask=here, other=0)
         if UPCAST:
             weight, right = weight.to(tl.float32), right.to(tl.float32)
-        total = tl.dot(weight, right, total, input_precision="ieee")
+        total = tl.dot(weight, right, total, input_precision="tf32x3")
     store_tile(total, y, bias, row, token, rows, tokens, part, SPLIT, HAS_BIAS, ACTIVATION)
 
 
@@ -100,16 +138,21 @@ def nm_decode(x, values, index, shape, bias=None, activation="none", split=None)
     if 0 in (x.shape[0], rows):
         return x.new_empty((x.shape[0], rows))
     x, values, index = x.contiguous(), values.contiguous(), index.contiguous()
-    wide = triton.next_power_of_2(m)
-    block, groups = 64, 128 // wide
-    tiles, steps = triton.cdiv(rows, block), triton.cdiv(triton.cdiv(cols, m), groups)
+    chosen = settings(x.shape[0], x.element_size(), n, m)
+    tiles = triton.cdiv(rows, chosen["ROWS"])
+    steps = triton.cdiv(triton.cdiv(cols, m), chosen["GROUPS"])
     split = split or split_for(tiles, steps, x.device)
 
     def arguments(y):
         sizes = (rows, cols, x.shape[0], slots, index.shape[1], steps)
-        named = {"N": n, "M": m, "WIDE": wide, "BITS": slot_bits(m), "UPCAST": INTERPRET}
-        named["TOKENS"] = max(16, triton.next_power_of_2(x.shape[0]))
-        named |= {"ROWS": block, "GROUPS": groups, "num_warps": 4}
-        return (x, values, index, bias, y, *sizes), named
+        return (x, values, index, bias, y, *sizes), {**chosen, "UPCAST": INTERPRET}
 
     return run_split(decode_kernel, tiles, split, x, rows, bias, activation, arguments)
+
+
+def settings(tokens: int, itemsize: int, n: int, m: int) -> dict:
+    """Constants and warps of the kernel that keep its values in registers."""
+    wide = triton.next_power_of_2(m)
+    depth = 128 if (n, m) == (2, 4) and itemsize == 2 else 32
+    tile = {"ROWS": 64, "GROUPS": depth // wide, "TOKENS": max(16, triton.next_power_of_2(tokens))}
+    return {"N": n, "M": m, "WIDE": wide, "BITS": slot_bits(m), **tile, "num_warps": 4}
