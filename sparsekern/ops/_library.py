@@ -54,10 +54,19 @@ def _stating(name: str, reference):
     return run
 
 
+ACTIVATIONS = ("none", *FROM_OUTPUT, "gelu", "gelu_tanh")
+
+
+def check_activation(op: str, activation: str) -> None:
+    """Refuse an unknown activation."""
+    if activation not in ACTIVATIONS:
+        names = "none, relu, relu6, gelu or gelu_tanh"
+        raise RuntimeError(f"{op}: expected activation to be {names}, got '{activation}'")
+
+
 def activate(y: torch.Tensor, activation: str, op: str) -> torch.Tensor:
     """The fused activations by name: none, relu, relu6, gelu (erf), gelu_tanh."""
-    if activation == "none":
-        return y
+    check_activation(op, activation)
     if activation == "relu":
         return torch.relu(y)
     if activation == "relu6":
@@ -65,9 +74,7 @@ def activate(y: torch.Tensor, activation: str, op: str) -> torch.Tensor:
     if activation in ("gelu", "gelu_tanh"):
         approximate = "tanh" if activation == "gelu_tanh" else "none"
         return torch.nn.functional.gelu(y, approximate=approximate)
-    raise RuntimeError(
-        f"{op}: expected activation to be none, relu, relu6, gelu or gelu_tanh, got '{activation}'"
-    )
+    return y
 
 
 def activation_backward(grad, activation: str, output, pre_activation):
