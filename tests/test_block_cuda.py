@@ -6,6 +6,7 @@ The functions registered for CUDA run here on CPU tensors; the kernels are said 
 import pytest
 import torch
 from samples import SAMPLES, random_blocks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsekern.ops import block, block_conv, block_cuda, conv, conv_cuda, cuda_support, nm_conv
 
@@ -71,6 +72,39 @@ def test_the_reason_of_the_dense_path_is_said_once():
     arguments = SAMPLES["nm_conv2d"][0].build(torch.float32)
     with pytest.warns(RuntimeWarning, match="nm_conv2d is computed with the dense .*: only 1x1"):
         conv_cuda._nm_conv(*arguments)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot capture: results that the host has to read back."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "repeat_interleave.Tensor", "bincount", "unique")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        if name.startswith(self.FORBIDDEN) and not (kwargs or {}).get("output_size"):
+            raise AssertionError(f"{name} waits for the device")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:.*is computed with the dense weight")
+def test_with_plans_nothing_waits_for_the_device():
+    x, values, crow, col, bias, plans, rows, act = linear(SAMPLES["block_linear"][6])
+    convs = [list(SAMPLES[name][0].build(torch.float64)) for name in ("csr_conv2d", "nm_conv2d")]
+    *arguments, outputs, kernel, stride, padding, dilation, groups, act2 = SAMPLES["block_conv2d"][
+        0
+    ].build(torch.float64)
+    sizes = (*arguments[2:4], outputs, arguments[0].shape[1], *arguments[1].shape[1:], groups, 9)
+    arguments[5] = block_cuda._plan(*sizes)
+    with NoWaiting():
+        y = block_cuda._linear(x, values, crow, col, bias, *plans, rows, act)
+        block_cuda._grad_input(y, values, crow, col, plans[1], x.shape[-1])
+        block_cuda._grad_values(y, x, crow, col, plans[0], *values.shape[1:])
+        geometry = (kernel, stride, padding, dilation, groups)
+        conv_cuda._block_conv(*arguments, outputs, *geometry, act2)
+        conv_cuda._csr_conv(*convs[0])
+        conv_cuda._nm_conv(*convs[1])
+    with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+        block_cuda._linear(x, values, crow, col, bias, None, None, rows, act)
 
 
 def refuses(message, function, *arguments):

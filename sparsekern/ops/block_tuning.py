@@ -2,9 +2,9 @@
 
 Nothing in the table has been measured on a GPU. It follows from counts: x crosses from L2 to a
 multiprocessor once for every row of blocks, so a tile does at most R operations for each byte of
-x in 16 bits, whatever its number of tokens; what is left to choose are tiles of which two fit on a
-multiprocessor, so that one loads while the other multiplies, and that keep their pointers in
-registers (256 x 128 spills, except with the copy engine). On the device the `candidates` are timed
+x in 16 bits, whatever its number of tokens. More tokens make the values cost less, and are bounded
+by registers (256 x 128 spills, except with the copy engine); low blocks want two tiles on a
+multiprocessor instead, so that one loads while the other multiplies. On the device the `candidates` are timed
 against each other, see `cuda_choice`; the first one serves until then.
 """
 
@@ -66,7 +66,8 @@ H200 = {
     (2, 32, LARGE): SpmmConfig(128, 32, 64, 4, 4),
     (2, 64, 32): SpmmConfig(32, 64, 64, 4, 5),
     (2, 64, 64): SpmmConfig(64, 64, 64, 4, 5),
-    (2, 64, LARGE): SpmmConfig(128, 64, 64, 4, 4),
+    (2, 64, 512): SpmmConfig(128, 64, 64, 4, 4),
+    (2, 64, LARGE): SpmmConfig(256, 64, 64, 8, 4),
     (2, LARGE, 32): SpmmConfig(32, 64, 64, 4, 5),
     (2, LARGE, 64): SpmmConfig(64, 64, 64, 4, 5),
     (2, LARGE, LARGE): SpmmConfig(128, 128, 64, 8, 4),
@@ -159,13 +160,12 @@ def candidates(
     found = [table, safe] if "H200" in name else [safe, table]
     found.append(replace(table, stages=max(2, table.stages - 1)))
     if tokens > 64:
-        half = replace(table, tokens=max(64, table.tokens // 2))
+        half = replace(table, tokens=max(64, table.tokens // 2), warps=4)
         found += [half, replace(table, persistent=2), replace(table, warps=12 - table.warps)]
-    if major >= 9 and _fits_copy_engine(table, block, inner, itemsize):
-        # Without pointers in registers there is room for twice the tokens.
+    if tokens > 64 and major >= 9 and _fits_copy_engine(table, block, inner, itemsize):
+        # Without pointers in registers there is room for more tokens.
         found.append(replace(table, tma=True))
-        if table.tokens == 128:
-            found.append(replace(table, tokens=256, warps=8, tma=True))
+        found.append(replace(table, tokens=256, warps=8, tma=True))
     return {str(c): c for c in found if c.shared_bytes(itemsize) <= limit}
 
 
