@@ -43,12 +43,9 @@ def cuda_home() -> str:
 
 
 CUDA_HOME = cuda_home()
-# The libraries are opened at run time, so only their headers are needed.
+# The libraries are opened at run time and the sources are plain C++: headers are all it needs.
 CUDA_HEADERS = ("cuda_runtime_api.h", "crt/host_defines.h", "cusparse.h", "cusparseLt.h")
 CUDA_SOURCES = sorted(str(p) for p in Path("csrc/cuda").glob("*.cpp"))
-CUDA_KERNELS = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
-NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-CUDA_ARCHITECTURES = ("80", "90", "100")
 
 
 class Build(BuildExtension):
@@ -65,19 +62,7 @@ class Build(BuildExtension):
                 depends=[str(p) for p in Path("csrc/cpu").glob("*") if p.suffix in (".h", ".inl")],
             )
         self.extensions[0].extra_objects = objects
-        for extension in self.extensions[1:]:
-            extension.extra_objects = [self._cuda_object(source) for source in CUDA_KERNELS]
         super().build_extensions()
-
-    def _cuda_object(self, source: str) -> str:
-        """Compile a unit of CUDA kernels, which includes no torch header."""
-        out = Path(self.build_temp, source).with_suffix(".cu.o")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-        newest = CUDA_ARCHITECTURES[-1]
-        codes.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-        self.spawn([f"{CUDA_HOME}/bin/nvcc", *NVCC_FLAGS, *codes, "-c", source, "-o", str(out)])
-        return str(out)
 
 
 def cuda_include_dirs() -> list[str]:
@@ -103,8 +88,6 @@ def cuda_choice(include_dirs: list[str]) -> tuple[bool, str]:
         for header in CUDA_HEADERS
         if not any(Path(folder, header).exists() for folder in include_dirs)
     ]
-    if CUDA_KERNELS and not (CUDA_HOME and Path(CUDA_HOME, "bin/nvcc").exists()):
-        missing.append("no nvcc (CUDA_HOME)")
     if forced == "1" and missing:
         raise SystemExit("setup: SPARSEKERN_CUDA=1, but " + " and ".join(missing))
     if forced == "1":
@@ -122,9 +105,6 @@ def cuda_extension(include_dirs: list[str], common: dict) -> CppExtension:
     libraries = ["dl"]
     if torch.version.cuda:
         libraries.append("torch_cuda")  # has the current stream
-    if CUDA_KERNELS:
-        libraries.append("cudart")
-        options["library_dirs"] = [f"{CUDA_HOME}/lib64"]
     return CppExtension("sparsekern._C_cuda", CUDA_SOURCES, libraries=libraries, **options)
 
 

@@ -126,6 +126,7 @@ def csr_arguments():
         ({"col": torch.zeros(3, dtype=torch.int32)}, "col of 4 entries, got 3"),
         ({"bias": torch.ones(3)}, "bias of shape (2,), got (3,)"),
         ({"bias": torch.ones(2).double()}, "bias of dtype torch.float32, got torch.float64"),
+        ({"activation": "swish"}, "activation to be none, relu, relu6, gelu or gelu_tanh"),
     ],
 )  # fmt: skip
 def test_csr_arguments(change, said):

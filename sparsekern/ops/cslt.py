@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .cuda_choice import ROUNDS, elapsed_ms, token_bucket
 from .cuda_libraries import CUSPARSELT, find_library
-from .cuda_support import capturing, check, device_fault, half_fault, state_once
+from .cuda_support import capturing, device_fault, half_fault, refuse, state_once
 
 _OPS = torch.ops.sparsekern
 # Segment-K has hung in cusparseLtMatmulPlanInit on other devices and with fewer outputs.
@@ -117,8 +117,8 @@ def packed_weight(held: Packed, values: Tensor, make_dense) -> Tensor:
     source, stream = _source(values), torch.cuda.current_stream(values.device)
     if held.source != source:
         dense = make_dense()
-        if held.bytes is None and not capturing(values):
-            check(int(_OPS._cslt_prune_check(dense)) == 0, "nm_linear", "a 2:4 weight", "another")
+        if held.bytes is None and not capturing(values) and int(_OPS._cslt_prune_check(dense)):
+            refuse("nm_linear", "a 2:4 weight", "one that cuSPARSELt finds to be none")
         held.bytes = pack(dense, held.bytes)
         # A capture only records the packing; whoever comes next has to do it.
         held.source = None if capturing(values) else source

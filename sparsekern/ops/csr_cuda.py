@@ -11,21 +11,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._library import CUDA, check_indices
+from ._library import CUDA, check_activation, check_indices
 from .cuda_choice import run_fastest, shape_key
 from .cuda_libraries import CUSPARSE, find_library
 from .cuda_support import (
     Record,
     aligned,
     capturing,
-    check,
     check_bias,
+    check_last,
     check_operand,
+    check_shape,
+    check_values,
     device_facts,
     device_fault,
     finish,
     half_fault,
     recall,
+    refuse,
     remember,
     state_once,
     triton_fault,
@@ -108,16 +111,17 @@ def _cusparse_ways(record, kind, x, values, crow, col, finish_y) -> dict:
 
 
 def _check_csr(op, x, values, crow, col) -> None:
-    check(values.dtype == x.dtype, op, f"values of the dtype of x ({x.dtype})", values.dtype)
-    check_operand(op, "values", values, x, x.dtype)
-    for name, index in (("crow", crow), ("col", col)):
-        check_operand(op, name, index, x, torch.int32)
-    check(values.numel() == col.numel(), op, f"col of {values.numel()} entries", col.numel())
+    check_values(op, values, x)
+    check_operand(op, "crow", crow, x, torch.int32)
+    check_operand(op, "col", col, x, torch.int32)
+    if values.numel() != col.numel():
+        refuse(op, f"col of {values.numel()} entries", col.numel())
 
 
 def _linear(x, values, crow, col, bias=None, plan=None, plan_t=None, activation="none"):
     op, rows, cols = "csr_linear", crow.numel() - 1, x.shape[-1]
     _check_csr(op, x, values, crow, col)
+    check_activation(op, activation)
     check_bias(op, bias, x, rows)
     with torch.cuda.device_of(x):
         x2d, values = aligned(x.reshape(-1, cols)), aligned(values)
@@ -216,7 +220,7 @@ def _transposed_record(plan_t: Tensor, crow: Tensor, col: Tensor, cols: int):
 def _grad_input(grad, values, crow, col, plan_t, in_features):
     op, rows = "csr_linear_grad_input", crow.numel() - 1
     _check_csr(op, grad, values, crow, col)
-    check(grad.shape[-1] == rows, op, f"grad.size(-1) = out_features = {rows}", grad.shape[-1])
+    check_last(op, grad, rows)
     with torch.cuda.device_of(grad):
         flat, values = aligned(grad.reshape(-1, rows)), aligned(values)
 
@@ -257,10 +261,9 @@ def _grad_input_ways(grad, values, crow, col, plan_t, cols) -> dict:
 def _grad_values(grad, x, crow, col, plan):
     op, rows, cols = "csr_linear_grad_values", crow.numel() - 1, x.shape[-1]
     check_operand(op, "grad", grad, x, x.dtype)
-    for name, index in (("crow", crow), ("col", col)):
-        check_operand(op, name, index, x, torch.int32)
-    check(grad.shape[-1] == rows, op, f"grad.size(-1) = out_features = {rows}", grad.shape[-1])
-    check(grad.shape[:-1] == x.shape[:-1], op, f"grad of shape {(*x.shape[:-1], rows)}", grad.shape)
+    check_operand(op, "crow", crow, x, torch.int32)
+    check_operand(op, "col", col, x, torch.int32)
+    check_shape(op, "grad", grad, (*x.shape[:-1], rows))
     with torch.cuda.device_of(x):
         flat, x2d = aligned(grad.reshape(-1, rows)), aligned(x.reshape(-1, cols))
 

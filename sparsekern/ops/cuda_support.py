@@ -9,6 +9,7 @@ not trusted: it gets a record of its own, made from the indices.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import warnings
 from collections import OrderedDict
@@ -79,23 +80,50 @@ def state_once(message: str) -> None:
         warnings.warn(f"sparsekern: {message}", RuntimeWarning, stacklevel=2)
 
 
+def refuse(op: str, wanted: str, got) -> None:
+    """Raise RuntimeError in the form of the compiled ops."""
+    raise RuntimeError(f"{op}: expected {wanted}, got {got}")
+
+
 def check(condition, op: str, wanted: str, got) -> None:
-    """Raise RuntimeError, as the compiled ops do, unless the condition holds."""
+    """Refuse unless the condition holds."""
     if not condition:
-        raise RuntimeError(f"{op}: expected {wanted}, got {got}")
+        refuse(op, wanted, got)
 
 
+# Plain ifs: these run on every call, and to format a message costs as much as a launch.
 def check_operand(op: str, name: str, t: Tensor, like: Tensor, dtype: torch.dtype) -> None:
     """Refuse a tensor of another device or dtype."""
-    check(t.device == like.device, op, f"{name} on the device of x ({like.device})", t.device)
-    check(t.dtype == dtype, op, f"{name} of dtype {dtype}", t.dtype)
+    if t.device != like.device:
+        refuse(op, f"{name} on the device of x ({like.device})", t.device)
+    if t.dtype != dtype:
+        refuse(op, f"{name} of dtype {dtype}", t.dtype)
+
+
+def check_values(op: str, values: Tensor, x: Tensor) -> None:
+    """Refuse values of another dtype or device than x."""
+    if values.dtype != x.dtype:
+        refuse(op, f"values of the dtype of x ({x.dtype})", values.dtype)
+    check_operand(op, "values", values, x, x.dtype)
+
+
+def check_last(op: str, grad: Tensor, rows: int) -> None:
+    """Refuse a gradient whose last size is not the number of outputs."""
+    if grad.shape[-1] != rows:
+        refuse(op, f"grad.size(-1) = out_features = {rows}", grad.shape[-1])
+
+
+def check_shape(op: str, name: str, t: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape."""
+    if tuple(t.shape) != shape:
+        refuse(op, f"{name} of shape {shape}", tuple(t.shape))
 
 
 def check_bias(op: str, bias: Tensor | None, x: Tensor, rows: int) -> None:
     """Refuse a bias of another device, dtype or size."""
     if bias is not None:
         check_operand(op, "bias", bias, x, x.dtype)
-        check(tuple(bias.shape) == (rows,), op, f"bias of shape ({rows},)", tuple(bias.shape))
+        check_shape(op, "bias", bias, (rows,))
 
 
 def aligned(t: Tensor) -> Tensor:
@@ -164,6 +192,8 @@ class Record:
             return self.plans[full]
 
     def __del__(self):
+        if sys.is_finalizing():
+            return
         for plans in (self.plans, self.pinned):
             if plans:
                 _free(plans)

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from . import cslt
-from ._library import CUDA
+from ._library import CUDA, check_activation
 from .cuda_choice import run_fastest, shape_key
 from .cuda_support import (
     Record,
     aligned,
     capturing,
-    check,
     check_bias,
+    check_last,
     check_operand,
+    check_shape,
+    check_values,
     device_facts,
     device_fault,
     finish,
@@ -73,16 +75,15 @@ def library_fault(x: Tensor, rows: int, cols: int, n: int, m: int) -> str:
 
 
 def _check_nm(op: str, x, values, index, rows: int, cols: int, n: int, m: int) -> None:
-    check(values.dtype == x.dtype, op, f"values of the dtype of x ({x.dtype})", values.dtype)
-    check_operand(op, "values", values, x, x.dtype)
+    check_values(op, values, x)
     check_operand(op, "index", index, x, torch.uint8)
-    shape = (rows, slot_count(cols, n, m))
-    check(tuple(values.shape) == shape, op, f"values of shape {shape}", tuple(values.shape))
+    check_shape(op, "values", values, (rows, slot_count(cols, n, m)))
 
 
 def _linear(x, values, index, bias, plan, plan_t, n, m, activation="none"):
     op, rows, cols = "nm_linear", index.shape[0], x.shape[-1]
     _check_nm(op, x, values, index, rows, cols, n, m)
+    check_activation(op, activation)
     check_bias(op, bias, x, rows)
     with torch.cuda.device_of(x):
         x2d, index = aligned(x.reshape(-1, cols)), index.contiguous()
@@ -107,8 +108,8 @@ def _linear_ways(x, values, index, bias, plan, n, m, activation) -> dict:
     if _kernels(x) and x.shape[0] <= DECODE_TOKENS:
         from .nm_triton import nm_decode
 
-        shape = (rows, cols, n, m)
-        ways["decode"] = lambda: nm_decode(x, values, index, shape, bias, activation)
+        arguments = (x, aligned(values), index, (rows, cols, n, m), bias, activation)
+        ways["decode"] = lambda: nm_decode(*arguments)
     packed = _packed_way(plan, values, x, rows, cols, n, m)
     if packed is not None:
         contiguous = values.contiguous()
@@ -140,7 +141,7 @@ def _packed_way(plan, values, x, rows, cols, n, m, kind: str = "forward"):
 def _grad_input(grad, values, index, plan_t, in_features, n, m):
     op, rows = "nm_linear_grad_input", index.shape[0]
     _check_nm(op, grad, values, index, rows, in_features, n, m)
-    check(grad.shape[-1] == rows, op, f"grad.size(-1) = out_features = {rows}", grad.shape[-1])
+    check_last(op, grad, rows)
     with torch.cuda.device_of(grad):
         flat, values = aligned(grad.reshape(-1, rows)), values.contiguous()
 
@@ -150,8 +151,7 @@ def _grad_input(grad, values, index, plan_t, in_features, n, m):
         if flat.shape[0] == 0 or values.numel() == 0:
             return dense().view(*grad.shape[:-1], in_features)
         ways = {"dense": dense}
-        record = recall(plan_t) if plan_t is not None else None
-        if record is not None and record.facts.get("transposable"):
+        if _transposable(plan_t, grad, index, in_features, n, m):
             packed = _packed_way(plan_t, values, grad, in_features, rows, n, m, "transposed")
             if packed is not None:
 
@@ -171,11 +171,24 @@ def _grad_values(grad, x, index, plan_t, n, m):
     op, rows, cols = "nm_linear_grad_values", index.shape[0], x.shape[-1]
     check_operand(op, "grad", grad, x, x.dtype)
     check_operand(op, "index", index, x, torch.uint8)
-    wanted = (*x.shape[:-1], rows)
-    check(tuple(grad.shape) == wanted, op, f"grad of shape {wanted}", tuple(grad.shape))
+    check_shape(op, "grad", grad, (*x.shape[:-1], rows))
     with torch.cuda.device_of(x):
         dense = grad.reshape(-1, rows).t() @ x.reshape(-1, cols)
         return collect(dense, index.contiguous(), slot_count(cols, n, m), n, m)
+
+
+def _transposable(plan_t, like, index, cols: int, n: int, m: int) -> bool:
+    """Whether the transposed weight can be packed, by the record of a plan; made when not ours."""
+    record = recall(plan_t) if plan_t is not None else None
+    if record is None:
+        if plan_t is None or capturing(like):
+            return False
+        record = remember(plan_t, Record())
+    if "transposable" not in record.facts:
+        record.facts["transposable"] = (n, m) == (2, 4) and is_transposable(
+            slot_columns("nm_plan", index, cols, n, m), index.shape[0], cols
+        )
+    return record.facts["transposable"]
 
 
 def is_transposable(columns: Tensor, rows: int, cols: int) -> bool:

@@ -76,6 +76,7 @@ def device(monkeypatch, streams):
     cuda_support._STATED.clear()
     yield facts
     SPARSE.stub_refuse_half(0)
+    SPARSE.stub_greedy(0)
     LT.stub_lt_gelu(2)
 
 

@@ -224,6 +224,16 @@ def test_messages_of_the_compiled_half(change, message):
     assert message in str(caught.value)
 
 
+def test_a_workspace_without_room_is_told_and_another_way_taken(recwarn):
+    x, values, crow, col = problem(torch.float32)
+    plan, _ = plans(crow, col, 37)
+    SPARSE.stub_greedy(1)
+    want = x.double() @ dense_of(values, crow, col, 37).t()
+    close(csr_cuda._linear(x, values, crow, col, None, plan), want, torch.float32)
+    said = str(recwarn[0].message)
+    assert "expected 1152921504606846976 bytes of GPU memory for the workspace" in said
+
+
 def test_a_freed_plan_is_refused():
     x, values, _, _ = problem(torch.float32)
     with pytest.raises(RuntimeError, match="expected the number of a live plan, got 987654"):

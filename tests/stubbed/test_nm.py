@@ -77,8 +77,9 @@ def test_backward(transposable, only):
     weight = dense_of(values, index, 32)
     for name in ("cusparselt", "dense") if transposable else ("dense",):
         only(name)
-        have = nm_cuda._grad_input(grad, values, index, plan_t, 32, 2, 4)
-        close(have, grad.double() @ weight, torch.bfloat16)
+        for made in (plan_t, torch.zeros(1, dtype=torch.int32)):  # also one that is not ours
+            have = nm_cuda._grad_input(grad, values, index, made, 32, 2, 4)
+            close(have, grad.double() @ weight, torch.bfloat16)
     have = nm_cuda._grad_values(grad, x, index, plan_t, 2, 4)
     dense = grad.double().t() @ x.double()
     close(have, nm_cuda.collect(dense, index, 16, 2, 4), torch.bfloat16)
