@@ -6,14 +6,16 @@ The functions registered for CUDA run here on CPU tensors; the kernels are said 
 import pytest
 import torch
 from samples import SAMPLES, random_blocks
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsekern.ops import block, block_conv, block_cuda, conv, conv_cuda, nm_conv
+from sparsekern.ops import block, block_conv, block_cuda, conv, conv_cuda, cuda_support, nm_conv
 
 
 @pytest.fixture(autouse=True)
 def _no_kernels(monkeypatch):
-    monkeypatch.setattr(block_cuda, "device_misfit", lambda device: "this is a test")
-    block_cuda.say_dense.cache_clear()
+    monkeypatch.setattr(block_cuda, "kernel_fault", lambda device: "this is a test")
+    monkeypatch.setattr(cuda_support, "_STATED", set())
+    monkeypatch.setenv("SPARSEKERN_TUNE", "0")
 
 
 def linear(sample, dtype=torch.float64):
@@ -24,7 +26,7 @@ def linear(sample, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("sample", SAMPLES["block_linear"], ids=lambda s: s.id)
-@pytest.mark.filterwarnings("ignore:.*computed with the dense weight")
+@pytest.mark.filterwarnings("ignore:.*is computed with the dense weight")
 def test_dense_linear(sample):
     x, values, crow, col, bias, plans, rows, act = linear(sample)
     got = block_cuda._linear(x, values, crow, col, bias, *plans, rows, act)
@@ -39,7 +41,7 @@ def test_dense_linear(sample):
     torch.testing.assert_close(got, want)
 
 
-@pytest.mark.filterwarnings("ignore:.*computed with the dense weight")
+@pytest.mark.filterwarnings("ignore:.*is computed with the dense weight")
 @pytest.mark.parametrize("name", ["block_conv2d", "csr_conv2d", "nm_conv2d"])
 def test_dense_conv(name):
     for sample in SAMPLES[name]:
@@ -59,15 +61,50 @@ def test_dense_conv(name):
 
 def test_the_reason_of_the_dense_path_is_said_once():
     arguments = SAMPLES["block_linear"][1].build(torch.float32)
-    with pytest.warns(UserWarning, match="block_linear: computed with the dense weight, this is a"):
+    with pytest.warns(
+        RuntimeWarning, match="block_linear is computed with the dense .*: this is a"
+    ):
         block_cuda._linear(*arguments[:5], None, None, *arguments[7:])
     block_cuda._linear(*arguments[:5], None, None, *arguments[7:])
     for text, dtype, height in (("float64", torch.float64, 64), ("fill no more", torch.half, 8)):
         assert text in block_cuda.misfit(dtype, height)
     assert block_cuda.misfit(torch.bfloat16, 9) == ""
     arguments = SAMPLES["nm_conv2d"][0].build(torch.float32)
-    with pytest.warns(UserWarning, match="nm_conv2d: computed with the dense weight, only 1x1"):
+    with pytest.warns(RuntimeWarning, match="nm_conv2d is computed with the dense .*: only 1x1"):
         conv_cuda._nm_conv(*arguments)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot capture: results that the host has to read back."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "repeat_interleave.Tensor", "bincount", "unique")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        if name.startswith(self.FORBIDDEN) and not (kwargs or {}).get("output_size"):
+            raise AssertionError(f"{name} waits for the device")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:.*is computed with the dense weight")
+def test_with_plans_nothing_waits_for_the_device():
+    x, values, crow, col, bias, plans, rows, act = linear(SAMPLES["block_linear"][6])
+    convs = [list(SAMPLES[name][0].build(torch.float64)) for name in ("csr_conv2d", "nm_conv2d")]
+    *arguments, outputs, kernel, stride, padding, dilation, groups, act2 = SAMPLES["block_conv2d"][
+        0
+    ].build(torch.float64)
+    sizes = (*arguments[2:4], outputs, arguments[0].shape[1], *arguments[1].shape[1:], groups, 9)
+    arguments[5] = block_cuda._plan(*sizes)
+    with NoWaiting():
+        y = block_cuda._linear(x, values, crow, col, bias, *plans, rows, act)
+        block_cuda._grad_input(y, values, crow, col, plans[1], x.shape[-1])
+        block_cuda._grad_values(y, x, crow, col, plans[0], *values.shape[1:])
+        geometry = (kernel, stride, padding, dilation, groups)
+        conv_cuda._block_conv(*arguments, outputs, *geometry, act2)
+        conv_cuda._csr_conv(*convs[0])
+        conv_cuda._nm_conv(*convs[1])
+    with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+        block_cuda._linear(x, values, crow, col, bias, None, None, rows, act)
 
 
 def refuses(message, function, *arguments):
@@ -86,11 +123,11 @@ def test_messages():
     refuses("expected values with 3 dimensions, got shape", run, v[0])
     refuses(r"values.size\(0\) = col.size\(0\) = 3, got 4", lambda: run(c=c[:3]))
     refuses("crow of dtype torch.int32, got torch.int64", lambda: run(r=r.long()))
-    refuses("col on the device of x, got meta", lambda: run(c=c.to("meta")))
+    refuses(r"col on the device of x \(cpu\), got meta", lambda: run(c=c.to("meta")))
     refuses(r"crow.size\(0\) = rows of blocks \+ 1 = 4, got 3", lambda: run(out=9))
     refuses("x of shape .*in_features.*, got a scalar", lambda: run(x=torch.tensor(1.0)))
-    refuses("bias of the dtype of x", lambda: run(bias=torch.zeros(8).double()))
-    refuses(r"bias.size\(0\) = out_features = 8, got \(4,\)", lambda: run(bias=torch.zeros(4)))
+    refuses("bias of dtype torch.float32, got", lambda: run(bias=torch.zeros(8).double()))
+    refuses(r"bias of shape \(8,\), got \(4,\)", lambda: run(bias=torch.zeros(4)))
     refuses("activation to be none, .*, got 'swish'", lambda: run(act="swish"))
     refuses("crow to start at 0 and end at nnz = 4", lambda: run(r=r + 1))
     plan = block_cuda._plan(r, c, 8, 6, 4, 3)

@@ -4,6 +4,7 @@ pytest compiles a part of the table; `python tests/test_triton_block.py` all of 
 """
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,7 +32,12 @@ def spmm(dtype, block, config, cap=90, transposed=False, inner=4096, precision=N
     types |= dict.fromkeys(("tokens", "outer", "rows"), "i32")
     height, depth = block[::-1] if transposed else block
     constants = block_triton.spmm_constants(
-        config, height, depth, transposed, inner % depth != 0, DTYPES[dtype]
+        replace(config, split=config.split or 1),
+        height,
+        depth,
+        transposed,
+        inner % depth != 0,
+        DTYPES[dtype],
     )
     # The launch passes sizes that are divisible by 16 with that hint; here they are constants.
     constants |= {"x_stride": inner, "inner": inner, "HAS_BIAS": True, "ACTIVATION": "gelu"}

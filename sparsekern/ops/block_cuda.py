@@ -1,9 +1,10 @@
-"""block_linear and its gradients on CUDA: plans, the Triton kernels, and the stated dense path.
+"""block_linear and its gradients on CUDA: plans, and the fastest of our Triton kernels and dense.
 
 The kernels are for float16, bfloat16 and float32 on compute capability 8.0 and later, and for
-blocks that fill at least half of a tile of the tensor cores (see `misfit`). Everything else is
-computed with the dense weight, put together on the device without waiting for it; the reason is
-warned of once.
+blocks that fill more than half of the smallest tile of the tensor cores (see `misfit`). At the
+first call of a shape the candidates of `block_tuning` and the product with the dense weight, put
+together on the device without a wait, are timed (see `cuda_choice`). Where no kernel fits, the
+dense weight is what is left, and the reason is said once.
 
 Plans hold what a kernel would have to look up or sort. `plan` (forward, weight gradient) is
 `order | row of each block | first block of each chunk`; `plan_t` (input gradient) is the transposed
@@ -11,17 +12,27 @@ index `crow | col | slot | order`. All int32; how long each part is follows from
 """
 
 import functools
-import warnings
+from functools import partial
 
 import torch
 
 from . import block
-from ._library import activate, check_indices
-from .block_tuning import chunk_blocks
+from ._library import CUDA, check_activation, check_indices
+from .block_tuning import candidates, chunk_blocks, precision
+from .cuda_choice import run_fastest, shape_key, token_bucket
+from .cuda_support import (
+    aligned,
+    check,
+    check_bias,
+    check_operand,
+    device_facts,
+    device_fault,
+    finish,
+    state_once,
+)
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_SIDE = 16  # of a tile of the tensor cores
-_IMPL = torch.library.Library("sparsekern", "IMPL", "CUDA")
 
 
 def make_plan(crow, col, channels: int, block_cols: int, taps: int, transpose: bool):
@@ -82,7 +93,7 @@ def backward_parts(op, plan, crow, col, channels, block_cols, taps=1):
 
 def _check_plan(op: str, wanted: str, plan, crow, fits: bool) -> None:
     fits = fits and plan.dtype == torch.int32 and plan.device == crow.device
-    expect(op, fits, wanted, f"{plan.dtype} of {plan.numel()} entries on {plan.device}")
+    check(fits, op, wanted, f"{plan.dtype} of {plan.numel()} entries on {plan.device}")
 
 
 def misfit(dtype, height: int) -> str:
@@ -92,38 +103,32 @@ def misfit(dtype, height: int) -> str:
     a step takes several blocks of few inputs.
     """
     if dtype not in KERNEL_DTYPES:
-        return f"the kernels take float16, bfloat16 and float32, not {dtype}"
+        return f"expected float16, bfloat16 or float32, got {dtype}"
     if 2 * height <= MIN_SIDE:
         return f"blocks of {height} fill no more than half of a tile of {MIN_SIDE}"
     return ""
 
 
 @functools.cache
-def device_misfit(device: torch.device) -> str:
-    """Why the kernels cannot run on a device; empty when they can."""
-    if torch.version.hip:
-        return "ROCm is not supported"
-    major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        return f"the kernels need compute capability 8.0, this device has {major}.{minor}"
+def triton_fault() -> str:
+    """Why Triton kernels cannot run; empty when they can."""
     try:
         import triton  # noqa: F401
     except ImportError as error:
-        return f"Triton cannot be imported ({error})"
+        return f"expected Triton, got none: {error}"
     return ""
 
 
-@functools.cache
-def say_dense(op: str, reason: str) -> None:
-    """Warn, once for each reason, that an op is computed with the dense weight."""
-    warnings.warn(f"{op}: computed with the dense weight, {reason}", stacklevel=3)
+def kernel_fault(device: torch.device) -> str:
+    """Why no kernel runs on a device; empty when they do."""
+    return device_fault(device_facts(device.index), (8, 0)) or triton_fault()
 
 
 def takes_kernel(op: str, tensor, height: int) -> bool:
     """Whether the kernels take blocks of `height` outputs; if not, the reason is said once."""
-    reason = misfit(tensor.dtype, height) or device_misfit(tensor.device)
+    reason = misfit(tensor.dtype, height) or kernel_fault(tensor.device)
     if reason:
-        say_dense(op, reason)
+        state_once(f"{op} is computed with the dense weight: {reason}")
     return not reason
 
 
@@ -144,71 +149,82 @@ def blocks_of(dense, row, col, size, groups=1):
     return grid[row.long(), col // taps, col % taps].contiguous()
 
 
-def expect(op: str, condition, wanted: str, got) -> None:
-    """Raise `op: expected <wanted>, got <got>` unless the condition holds."""
-    if not condition:
-        raise RuntimeError(f"{op}: expected {wanted}, got {got}")
-
-
 def check_values(op: str, like, values, col) -> None:
     """Check values (n_blocks, R, C) against the activation and the columns."""
-    expect(op, values.dtype == like.dtype, f"values of dtype {like.dtype}", values.dtype)
-    expect(op, values.dim() == 3, "values with 3 dimensions", f"shape {tuple(values.shape)}")
+    check_operand(op, "values", values, like, like.dtype)
+    check(values.dim() == 3, op, "values with 3 dimensions", f"shape {tuple(values.shape)}")
     blocks = col.numel()
-    expect(op, len(values) == blocks, f"values.size(0) = col.size(0) = {blocks}", len(values))
+    check(len(values) == blocks, op, f"values.size(0) = col.size(0) = {blocks}", len(values))
 
 
-def check_pattern(op: str, like, crow, col, block_rows_in_all: int) -> None:
-    """Check the sizes, dtype and device of the index; what it holds is vouched for by the plan."""
-    for name, part in (("crow", crow), ("col", col)):
-        expect(op, part.dtype == torch.int32, f"{name} of dtype torch.int32", part.dtype)
-        expect(op, part.device == like.device, f"{name} on the device of x", part.device)
-    want = block_rows_in_all + 1
-    expect(op, len(crow) == want, f"crow.size(0) = rows of blocks + 1 = {want}", len(crow))
+def check_pattern(op: str, like, crow, col, rows: int) -> None:
+    """Check sizes, dtype and device of the index; a plan vouches for what it holds."""
+    check_operand(op, "crow", crow, like, torch.int32)
+    check_operand(op, "col", col, like, torch.int32)
+    want = f"crow.size(0) = rows of blocks + 1 = {rows + 1}"
+    check(len(crow) == rows + 1, op, want, len(crow))
 
 
-def check_bias(op: str, x, bias, outputs: int, name: str) -> None:
-    """Check a bias that may be None."""
-    if bias is not None:
-        expect(op, bias.dtype == x.dtype, f"bias of the dtype of x ({x.dtype})", bias.dtype)
-        got = tuple(bias.shape)
-        expect(op, got == (outputs,), f"bias.size(0) = {name} = {outputs}", got)
+def product_ways(op, x, values, index, bias, outer, activation) -> dict:
+    """The configs worth timing, by name, as calls of the kernel; none where it does not fit."""
+    crow, col, slot, order = index
+    block_size = tuple(values.shape[1:]) if slot is None else tuple(values.shape[:0:-1])
+    if not takes_kernel(op, values, block_size[0]) or 0 in (x.numel(), outer):
+        return {}
+    from .block_triton import Index, spmm
+
+    index, values = Index(crow, col, slot, order), values.contiguous()
+    bucket = token_bucket(x.shape[0])
+    configs = candidates(x.device, x.element_size(), bucket, block_size, x.shape[1])
+    return {
+        name: partial(spmm, x, values, index, bias, outer, activation, config)
+        for name, config in configs.items()
+    }
+
+
+def choice_key(op: str, x, values, rows: int, cols: int, tokens: int) -> tuple:
+    """What the choice of a way depends on."""
+    key = shape_key(op, x, rows, cols, values.numel(), tokens)
+    return (*key, tuple(values.shape[1:]), precision(x.dtype))
 
 
 def _linear(x, values, crow, col, bias, plan, plan_t, out_features, activation="none"):
-    op = block.LINEAR
-    expect(op, x.dim() >= 1, "x of shape (..., in_features)", "a scalar")
+    op, rows = block.LINEAR, out_features
+    check(x.dim() >= 1, op, "x of shape (..., in_features)", "a scalar")
+    cols = x.shape[-1]
     check_values(op, x, values, col)
-    check_pattern(op, x, crow, col, -(-out_features // values.shape[1]))
-    check_bias(op, x, bias, out_features, "out_features")
-    activate(x.new_empty(0), activation, op)  # refuses unknown names
-    order, row, _ = forward_parts(op, plan, crow, col, x.shape[-1], values.shape[2])
-    if not takes_kernel(op, values, values.shape[1]):
-        weight = dense_weight(values, row, col, out_features, x.shape[-1]).squeeze(2)
-        y = torch.nn.functional.linear(x, weight, bias)
-        return activate(y, activation, op).contiguous()
-    from .block_triton import Index, spmm
+    check_pattern(op, x, crow, col, -(-rows // values.shape[1]))
+    check_bias(op, bias, x, rows)
+    check_activation(op, activation)
+    order, row, _ = forward_parts(op, plan, crow, col, cols, values.shape[2])
+    flat = aligned(x.reshape(-1, cols))
 
-    flat = x.reshape(-1, x.shape[-1])
-    index = Index(crow, col, None, order)
-    y = spmm(flat, values.contiguous(), index, bias, out_features, activation)
-    return y.view(*x.shape[:-1], out_features)
+    def dense():
+        weight = dense_weight(values, row, col, rows, cols).squeeze(2)
+        return finish(torch.nn.functional.linear(flat, weight, bias), None, activation, op)
+
+    with torch.cuda.device_of(x):
+        ways = product_ways(op, flat, values, (crow, col, None, order), bias, rows, activation)
+        key = choice_key(op, x, values, rows, cols, len(flat))
+        y = run_fastest(key, {**ways, "dense": dense}, x)
+    return y.view(*x.shape[:-1], rows)
 
 
 def _grad_input(grad, values, crow, col, plan_t, in_features):
-    op = "block_linear_grad_input"
+    op, rows, cols = "block_linear_grad_input", grad.shape[-1], in_features
     check_values(op, grad, values, col)
-    check_pattern(op, grad, crow, col, -(-grad.shape[-1] // values.shape[1]))
-    crow_t, row, slot, order = backward_parts(op, plan_t, crow, col, in_features, values.shape[2])
-    if not takes_kernel(op, values, values.shape[2]):
-        weight = dense_weight(values, unturned(row, slot), col, grad.shape[-1], in_features)
-        return (grad @ weight.squeeze(2)).contiguous()
-    from .block_triton import Index, spmm
+    check_pattern(op, grad, crow, col, -(-rows // values.shape[1]))
+    crow_t, row, slot, order = backward_parts(op, plan_t, crow, col, cols, values.shape[2])
+    flat = aligned(grad.reshape(-1, rows))
 
-    flat = grad.reshape(-1, grad.shape[-1])
-    index = Index(crow_t, row, slot, order)
-    y = spmm(flat, values.contiguous(), index, None, in_features, "none")
-    return y.view(*grad.shape[:-1], in_features)
+    def dense():
+        return flat @ dense_weight(values, unturned(row, slot), col, rows, cols).squeeze(2)
+
+    with torch.cuda.device_of(grad):
+        ways = product_ways(op, flat, values, (crow_t, row, slot, order), None, cols, "none")
+        key = choice_key(op, grad, values, rows, cols, len(flat))
+        y = run_fastest(key, {**ways, "dense": dense}, grad)
+    return y.view(*grad.shape[:-1], cols)
 
 
 def unturned(row, slot):
@@ -217,20 +233,28 @@ def unturned(row, slot):
 
 
 def _grad_values(grad, x, crow, col, plan, block_rows, block_cols):
-    op = "block_linear_grad_values"
+    op, size = "block_linear_grad_values", (block_rows, block_cols)
+    check_operand(op, "grad", grad, x, x.dtype)
     check_pattern(op, x, crow, col, -(-grad.shape[-1] // block_rows))
-    flat_grad, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    expect(op, len(flat_grad) == len(flat), f"tokens of grad = {len(flat)}", len(flat_grad))
+    grad, flat = aligned(grad.reshape(-1, grad.shape[-1])), aligned(x.reshape(-1, x.shape[-1]))
+    check(len(grad) == len(flat), op, f"tokens of grad = {len(flat)}", len(grad))
     _, row, chunks = forward_parts(op, plan, crow, col, x.shape[-1], block_cols)
-    if not takes_kernel(op, x, block_rows):
-        dense = flat_grad.t() @ flat
-        return blocks_of(dense[..., None], row, col, (block_rows, block_cols))
-    from .block_triton import sddmm
 
-    return sddmm(flat_grad, flat, (crow, col, row, chunks), (block_rows, block_cols))
+    def dense():
+        return blocks_of((grad.t() @ flat)[..., None], row, col, size)
+
+    def kernel():
+        from .block_triton import sddmm
+
+        return sddmm(grad, flat, (crow, col, row, chunks), size)
+
+    ways = {"kernel": kernel} if takes_kernel(op, x, block_rows) else {}
+    with torch.cuda.device_of(x):
+        key = shape_key(op, x, grad.shape[1], flat.shape[1], col.numel(), len(flat))
+        return run_fastest((*key, size, precision(x.dtype)), {**ways, "dense": dense}, x)
 
 
-_IMPL.impl("block_plan", _plan)
-_IMPL.impl("block_linear", _linear)
-_IMPL.impl("block_linear_grad_input", _grad_input)
-_IMPL.impl("block_linear_grad_values", _grad_values)
+CUDA.impl("block_plan", _plan)
+CUDA.impl("block_linear", _linear)
+CUDA.impl("block_linear_grad_input", _grad_input)
+CUDA.impl("block_linear_grad_values", _grad_values)

@@ -13,18 +13,14 @@ the device each row is cut in parts that a second kernel adds up, always in the 
 This module imports Triton; nothing but a call with CUDA tensors imports this module.
 """
 
-import contextlib
-import os
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from .block_tuning import GradConfig, SpmmConfig, grad_config, precision, spmm_config
-
-# Triton's interpreter keeps bfloat16 as integers and computes nonsense with it.
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+from .block_tuning import GradConfig, SpmmConfig, grad_config, precision, with_split
+from .decode_triton import INTERPRET, activate, multiprocessors
 
 
 class Index(NamedTuple):
@@ -41,20 +37,6 @@ class Index(NamedTuple):
     col: torch.Tensor
     slot: torch.Tensor | None
     order: torch.Tensor
-
-
-@triton.jit
-def activate(y, ACTIVATION: tl.constexpr):
-    """The fused activations by name, as `_library.activate`."""
-    if ACTIVATION == "relu":
-        y = tl.where(y < 0, 0.0, y)  # keeps NaN, as torch does
-    elif ACTIVATION == "relu6":
-        y = tl.where(y < 0, 0.0, tl.where(y > 6, 6.0, y))
-    elif ACTIVATION == "gelu":
-        y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2 u)
-        y = y * tl.sigmoid(1.5957691216057308 * (y + 0.044715 * y * y * y))
-    return y
 
 
 @triton.jit
@@ -243,22 +225,8 @@ def padded(size: int) -> int:
     return triton.next_power_of_2(size)
 
 
-def processors_of(device: torch.device) -> int:
-    """Multiprocessors of the device; a few in the interpreter."""
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def on_device(device: torch.device):
-    """Triton launches on the current device, whatever the tensors are on."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
-
-
 def upcast(dtype: torch.dtype) -> bool:
-    """Whether operands must be converted before they are multiplied."""
+    """Whether operands must be converted first: the interpreter holds bfloat16 as integers."""
     return INTERPRET and dtype == torch.bfloat16
 
 
@@ -271,10 +239,8 @@ def reduce_parts(parts, y, bias, activation, inner: int = 1) -> None:
     )  # fmt: skip
 
 
-def spmm(
-    x, values, index: Index, bias, outer: int, activation: str, config: SpmmConfig | None = None
-):
-    """Y (T, outer) = act(x (T, inner) W^T + b).
+def spmm(x, values, index: Index, bias, outer: int, activation: str, config: SpmmConfig):
+    """Y (T, outer) = act(x (T, inner) W^T + b), on the current device.
 
     Args:
         x: `(T, inner)`, float16, bfloat16 or float32; rows may lie apart.
@@ -283,9 +249,8 @@ def spmm(
         bias: `(outer,)` or None.
         outer: Outputs.
         activation: none, relu, relu6, gelu or gelu_tanh.
-        config: None for the one that fits the shape, see `block_tuning`.
+        config: See `block_tuning.candidates`.
     """
-    x = x if x.stride(-1) == 1 else x.contiguous()
     (tokens, inner), (height, depth) = x.shape, values.shape[1:]
     transposed = index.slot is not None
     if transposed:
@@ -293,25 +258,22 @@ def spmm(
     y = x.new_empty(tokens, outer)
     if y.numel() == 0:
         return y
-    rows, processors = index.order.numel(), processors_of(x.device)
-    if config is None:
-        config = spmm_config(x, values.shape[0], rows, (height, depth), processors)
-    split, to = config.split, y
-    if split > 1:
-        to = x.new_empty(split, tokens, outer, dtype=torch.float32)
+    rows, processors = index.order.numel(), multiprocessors(x.device)
+    config = with_split(config, tokens, values.shape[0], rows, (height, depth), processors)
+    split = config.split
+    to = x.new_empty(split, tokens, outer, dtype=torch.float32) if split > 1 else y
     tiles = triton.cdiv(tokens, config.tokens) * rows * triton.cdiv(height, config.height) * split
     waves = config.persistent * processors
     operands = _descriptors(x, values, config, transposed) if config.tma else (x, values)
     now = (bias, activation) if split == 1 else (None, "none")  # else when the parts are summed
-    with on_device(x.device):
-        spmm_kernel[(min(tiles, waves) if waves else tiles,)](
-            *operands, *index, now[0], to, tokens, inner, outer, rows, x.stride(0),
-            **spmm_constants(config, height, depth, transposed, inner % depth != 0, x.dtype),
-            HAS_BIAS=now[0] is not None, ACTIVATION=now[1],
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-        if split > 1:
-            reduce_parts(to, y, bias, activation)
+    spmm_kernel[(min(tiles, waves) if waves else tiles,)](
+        *operands, *index, now[0], to, tokens, inner, outer, rows, x.stride(0),
+        **spmm_constants(config, height, depth, transposed, inner % depth != 0, x.dtype),
+        HAS_BIAS=now[0] is not None, ACTIVATION=now[1],
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if split > 1:
+        reduce_parts(to, y, bias, activation)
     return y
 
 
@@ -350,28 +312,25 @@ def sddmm(grad, x, index, block, config: GradConfig | None = None):
     """The gradient (n_blocks, R, C) of the values: grad (T, outer)^T x (T, inner) where blocks are.
 
     `index` is (crow, col, row of each block, first block of each chunk); a chunk is
-    `chunk_blocks(C)` blocks of one row, or what is left of it.
+    `chunk_blocks(C)` blocks of one row, or what is left of it. Runs on the current device.
     """
-    grad, x = (t if t.stride(-1) == 1 else t.contiguous() for t in (grad, x))
     crow, col, row_of, chunks = index
     (tokens, inner), outer, (height, width) = x.shape, grad.shape[1], block
     out = x.new_empty(col.numel(), height, width)
     if out.numel() == 0 or tokens == 0:
         return out.zero_()
-    config = config or grad_config(x, chunks.numel(), block, processors_of(x.device))
-    split, to = config.split, out
-    if split > 1:
-        to = x.new_empty(split, *out.shape, dtype=torch.float32)
+    config = config or grad_config(x, chunks.numel(), block, multiprocessors(x.device))
+    split = config.split
+    to = x.new_empty(split, *out.shape, dtype=torch.float32) if split > 1 else out
     row_parts = triton.cdiv(height, config.rows)
-    with on_device(x.device):
-        sddmm_kernel[(chunks.numel(), split * row_parts, triton.cdiv(width, config.cols))](
-            grad, x, crow, col, row_of, chunks, to, tokens, inner, outer, out.numel(),
-            grad.stride(0), x.stride(0),
-            **sddmm_constants(config, height, width, (outer, inner), x.dtype),
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-        if split > 1:
-            reduce_parts(to, out, None, "none")
+    sddmm_kernel[(chunks.numel(), split * row_parts, triton.cdiv(width, config.cols))](
+        grad, x, crow, col, row_of, chunks, to, tokens, inner, outer, out.numel(),
+        grad.stride(0), x.stride(0),
+        **sddmm_constants(config, height, width, (outer, inner), x.dtype),
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if split > 1:
+        reduce_parts(to, out, None, "none")
     return out
 
 

@@ -1,13 +1,14 @@
-"""Tile sizes of the block kernels: a table for the H200, and a safe default elsewhere.
+"""Tile sizes of the block kernels: a table for the H200, a safe default, and what is worth timing.
 
-Nothing in this table has been measured on a GPU. It follows from counts: x crosses from L2 to a
+Nothing in the table has been measured on a GPU. It follows from counts: x crosses from L2 to a
 multiprocessor once for every row of blocks, so a tile does at most R operations for each byte of
-x in 16 bits, whatever its number of tokens; what is left to choose are tiles of which two fit on a
-multiprocessor, so that one loads while the other multiplies, and that keep their pointers in
-registers (256 x 128 spills, except with the copy engine). `tune` measures instead.
+x in 16 bits, whatever its number of tokens. More tokens make the values cost less, and are bounded
+by registers (256 x 128 spills, except with the copy engine); low blocks want two tiles on a
+multiprocessor instead, so that one loads while the other multiplies. On the device the `candidates` are timed
+against each other, see `cuda_choice`; the first one serves until then.
 """
 
-import itertools
+import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +28,7 @@ class SpmmConfig:
         stages: Depth of the software pipeline.
         persistent: Programs per multiprocessor that take tile after tile; 0 for one per tile.
         tma: Load with the copy engine (Hopper and later).
-        split: Parts of a row of blocks.
+        split: Parts of a row of blocks; 0 for as many as give all multiprocessors work.
     """
 
     tokens: int
@@ -37,7 +38,7 @@ class SpmmConfig:
     stages: int = 3
     persistent: int = 0
     tma: bool = False
-    split: int = 1
+    split: int = 0
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory that the tiles of the pipeline take."""
@@ -65,7 +66,8 @@ H200 = {
     (2, 32, LARGE): SpmmConfig(128, 32, 64, 4, 4),
     (2, 64, 32): SpmmConfig(32, 64, 64, 4, 5),
     (2, 64, 64): SpmmConfig(64, 64, 64, 4, 5),
-    (2, 64, LARGE): SpmmConfig(128, 64, 64, 4, 4),
+    (2, 64, 512): SpmmConfig(128, 64, 64, 4, 4),
+    (2, 64, LARGE): SpmmConfig(256, 64, 64, 8, 4),
     (2, LARGE, 32): SpmmConfig(32, 64, 64, 4, 5),
     (2, LARGE, 64): SpmmConfig(64, 64, 64, 4, 5),
     (2, LARGE, LARGE): SpmmConfig(128, 128, 64, 8, 4),
@@ -114,24 +116,19 @@ def default_config(itemsize: int, tokens: int, height: int, depth: int) -> SpmmC
     return _fit(SpmmConfig(64, 64, 128 // itemsize), tokens, height, depth)
 
 
-def spmm_config(x, n_blocks: int, rows: int, block, processors: int) -> SpmmConfig:
-    """The config for x (T, inner) and `n_blocks` blocks of (outputs, inputs) in `rows` rows."""
-    tokens, itemsize = x.shape[0], x.element_size()
-    found = tuned.get(_key(x, block))
-    if found is None:
-        choose = table_config if _is_h200(x.device) else default_config
-        found = choose(itemsize, tokens, *block)
-    return replace(found, split=_split(found, tokens, n_blocks, rows, block, processors))
+def with_split(config: SpmmConfig, tokens: int, n_blocks: int, rows: int, block, processors: int):
+    """The config with the parts of a row settled, for `n_blocks` blocks (outputs, inputs).
 
-
-def _split(config, tokens, n_blocks, rows, block, processors) -> int:
-    """Parts of a row such that two programs per processor have work; each at least four steps."""
+    As many parts as give every multiprocessor a program, each of at least four steps on average.
+    """
+    if config.split:
+        return config
     tiles = -(-tokens // config.tokens) * rows * -(-block[0] // config.height)
     steps = n_blocks * _power(block[1]) // (max(1, rows) * config.depth)
     split = 1
     while tiles * split < processors and split < 16 and steps >= 8 * split:
         split *= 2
-    return split
+    return replace(config, split=split)
 
 
 def grad_config(x, chunks: int, block, processors: int) -> GradConfig:
@@ -145,64 +142,43 @@ def grad_config(x, chunks: int, block, processors: int) -> GradConfig:
     return GradConfig(rows, CHUNK_COLUMNS, step, 8 if rows == 128 else 4, 3, split)
 
 
-# What `tune` found in this process: (device, dtype, block, token class) -> config.
-tuned: dict[tuple, SpmmConfig] = {}
-
-
-def _key(x, block) -> tuple:
-    return str(x.device), x.dtype, tuple(block), min(_power(x.shape[0]), 4096)
-
-
-def _is_h200(device: torch.device) -> bool:
-    return device.type == "cuda" and "H200" in torch.cuda.get_device_name(device)
-
-
-def candidates(itemsize: int, tokens: int, height: int, depth: int) -> list[SpmmConfig]:
-    """A short list to measure: the table's and the default's choice and their neighbours."""
-    table = table_config(itemsize, tokens, height, depth)
-    default = default_config(itemsize, tokens, height, depth)
-    found = [table, default, replace(table, stages=max(2, table.stages - 1))]
-    if tokens > 64:
-        half = replace(table, tokens=max(64, table.tokens // 2))
-        found += [half, replace(table, persistent=0 if table.persistent else 2)]
-        found += [replace(table, warps=8), replace(half, persistent=4)]
-    return list(dict.fromkeys(found))
-
-
-def tune(run, x, block, fits_tma: bool = False) -> SpmmConfig:
-    """Measure the candidates for x and keep the fastest for this device, dtype and token class.
+@functools.lru_cache(maxsize=1024)
+def candidates(
+    device: torch.device, itemsize: int, tokens: int, block: tuple[int, int], inner: int = 0
+) -> dict[str, SpmmConfig]:
+    """A short list to time, by name, the most promising first: table, default, their neighbours.
 
     Args:
-        run: Called with a config, does the product on the device.
-        x: `(T, inner)`, on the device.
+        device: Where.
+        itemsize: Bytes of an element.
+        tokens: Tokens, best rounded up to a power of two, so that few lists are made.
         block: Outputs and inputs of a block.
-        fits_tma: Whether the copy engine may be tried, too.
+        inner: Inputs of the weight; 0 and what is no multiple of the block exclude the copy engine.
     """
-    configs = candidates(x.element_size(), x.shape[0], *block)
-    limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
-    if fits_tma:  # without pointers in registers there is room for twice the tokens
-        wide = [replace(c, tokens=2 * c.tokens) for c in configs if c.tokens == 128]
-        configs += [replace(c, tma=True) for c in [*configs, *wide] if c.depth <= block[1]]
-    configs = [c for c in configs if c.shared_bytes(x.element_size()) <= limit]
-    times = {config: _milliseconds(run, config) for config in configs}
-    tuned[_key(x, block)] = best = min(times, key=times.get)
-    return best
+    table, safe = (f(itemsize, tokens, *block) for f in (table_config, default_config))
+    major, limit, name = _device(device)
+    found = [table, safe] if "H200" in name else [safe, table]
+    found.append(replace(table, stages=max(2, table.stages - 1)))
+    if tokens > 64:
+        half = replace(table, tokens=max(64, table.tokens // 2), warps=4)
+        found += [half, replace(table, persistent=2), replace(table, warps=12 - table.warps)]
+    if tokens > 64 and major >= 9 and _fits_copy_engine(table, block, inner, itemsize):
+        # Without pointers in registers there is room for more tokens.
+        found.append(replace(table, tma=True))
+        found.append(replace(table, tokens=256, warps=8, tma=True))
+    return {str(c): c for c in found if c.shared_bytes(itemsize) <= limit}
 
 
-def _milliseconds(run, config: SpmmConfig, repeats: int = 20) -> float:
-    """Median time of a call, by events of the device; infinite if the device refuses the config."""
-    try:
-        for _ in range(3):
-            run(config)
-    except Exception as error:  # what Triton raises for too many resources differs by version
-        if "out of resource" not in str(error):
-            raise
-        return float("inf")
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    for mark in marks[:-1]:
-        mark.record()
-        run(config)
-    marks[-1].record()
-    marks[-1].synchronize()
-    times = sorted(a.elapsed_time(b) for a, b in itertools.pairwise(marks))
-    return times[repeats // 2]
+def _fits_copy_engine(config: SpmmConfig, block, inner: int, itemsize: int) -> bool:
+    """Whole blocks only, each side a power of two, and rows at multiples of 16 bytes."""
+    whole = inner and inner % block[1] == 0 and all(side == _power(side) for side in block)
+    wide = min(block[1], config.depth, config.height, block[0]) * itemsize >= 16
+    return whole and wide and config.depth <= block[1]
+
+
+def _device(device: torch.device) -> tuple[int, int, str]:
+    """Major compute capability, bytes of shared memory, name; those of an A100 on the CPU."""
+    if device.type != "cuda":
+        return 8, 166_912, "interpreter"
+    facts = torch.cuda.get_device_properties(device)
+    return facts.major, facts.shared_memory_per_block_optin, facts.name

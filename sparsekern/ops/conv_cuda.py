@@ -1,49 +1,54 @@
 """Convolutions on CUDA: which run sparse, and the dense path of those that do not.
 
-- block_conv2d: the implicit product of `conv_triton` on blocks that fit it (`block_cuda.misfit`).
+- block_conv2d: the implicit product of `conv_triton` on blocks that fit it (see `misfit` in
+  `block_cuda`), or the dense weight, whichever is faster.
 - csr_conv2d and nm_conv2d with a 1x1 kernel, stride 1 and no padding or groups: the linear op on
   the pixels, without a copy of a channels_last input.
 - Everything else, and all gradients: the dense weight, put together on the device without waiting
-  for it, and the convolution of torch. The reason is warned of once.
+  for it, and the convolution of torch. The reason is said once.
 
 Results are contiguous (n, out, oh, ow), as on the CPU.
 """
+
+from functools import partial
 
 import torch
 from torch.nn.functional import conv2d
 
 from . import block_conv, conv, nm_conv
-from ._library import activate, check_indices
+from ._library import CUDA, activate, check_activation, check_indices
 from .block import block_grid
 from .block_cuda import (
     backward_parts,
     blocks_of,
-    check_bias,
     check_pattern,
     check_values,
+    choice_key,
     dense_weight,
-    expect,
     forward_parts,
-    say_dense,
     takes_kernel,
     unturned,
 )
+from .block_tuning import candidates
 from .conv import output_size
 from .csr import csr_linear
+from .cuda_choice import run_fastest, token_bucket
+from .cuda_support import check, check_bias, finish, state_once
 from .nm import nm_linear, slot_channels
 
-_IMPL = torch.library.Library("sparsekern", "IMPL", "CUDA")
+_NO_GRADIENT = "gradients of convolutions have no sparse kernel on CUDA"
+_POINTWISE = "only 1x1 kernels with stride 1 and without padding or groups run sparse on CUDA"
 
 
 def _empty_output(op, x, outputs, kernel_size, stride, padding, dilation, groups):
     """The uninitialised result of a convolution, after checks of its geometry."""
-    expect(op, x.dim() == 4, "x with 4 dimensions", f"shape {tuple(x.shape)}")
+    check(x.dim() == 4, op, "x with 4 dimensions", f"shape {tuple(x.shape)}")
     divides = groups >= 1 and x.shape[1] % groups == 0 and outputs % groups == 0
     wanted = f"groups that divide in_channels = {x.shape[1]} and out_channels = {outputs}"
-    expect(op, divides, wanted, groups)
+    check(divides, op, wanted, groups)
     size = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     wanted = "an input at least as large as the kernel"
-    expect(op, min(size) >= 1, wanted, f"input size {tuple(x.shape[2:])}")
+    check(min(size) >= 1, op, wanted, f"input size {tuple(x.shape[2:])}")
     return x.new_empty(x.shape[0], outputs, *size)
 
 
@@ -57,19 +62,40 @@ def _block_conv(
     channels, taps = x.shape[1] // groups, kernel_size[0] * kernel_size[1]
     rows = block_grid(out_channels, channels, values.shape[1:], groups)[0]
     check_pattern(op, x, crow, col, rows)
-    check_bias(op, x, bias, out_channels, "out_channels")
-    activate(x.new_empty(0), activation, op)  # refuses unknown names
+    check_bias(op, bias, x, out_channels)
+    check_activation(op, activation)
     order, row, _ = forward_parts(op, plan, crow, col, channels, values.shape[2], taps)
-    if not takes_kernel(op, values, values.shape[1]):
+
+    def dense():
         weight = dense_weight(values, row, col, out_channels, channels, groups, taps)
         y = conv2d(x, weight.unflatten(2, kernel_size), bias, *geometry[1:])
-        return activate(y, activation, op).contiguous()
-    from .block_triton import Index
-    from .conv_triton import Geometry
-    from .conv_triton import block_conv as run
+        return finish(y, None, activation, op).contiguous()
 
-    index = Index(crow, col, None, order)
-    return run(x, values.contiguous(), index, bias, y, Geometry(*geometry), activation)
+    with torch.cuda.device_of(x):
+        ways = _block_ways(op, x, values, (crow, col, None, order), bias, y, geometry, activation)
+        key = choice_key(op, x, values, out_channels, channels, y.numel() // out_channels)
+        layout = x.is_contiguous(memory_format=torch.channels_last)
+        key = (*key, *map(tuple, geometry[:4]), groups, tuple(y.shape[2:]), layout)
+        return run_fastest(key, {**ways, "dense": dense}, x)
+
+
+def _block_ways(op, x, values, index, bias, y, geometry, activation) -> dict:
+    """The configs worth timing, by name, as calls of the kernel; none where it does not fit."""
+    if not takes_kernel(op, values, values.shape[1]) or 0 in (y.numel(), values.numel()):
+        return {}
+    from .block_triton import Index
+    from .conv_triton import Geometry, block_conv
+
+    pixels = token_bucket(y.numel() // y.shape[1])  # which are the tokens
+    geometry = Geometry(*geometry)
+
+    def run(config):
+        last = x.contiguous(memory_format=torch.channels_last)
+        arguments = (values.contiguous(), Index(*index), bias, y, geometry, activation, config)
+        return block_conv(last, *arguments)
+
+    found = candidates(x.device, x.element_size(), pixels, tuple(values.shape[1:])).items()
+    return {name: partial(run, config) for name, config in found if not config.persistent}
 
 
 def _block_conv_grad_input(
@@ -78,7 +104,7 @@ def _block_conv_grad_input(
 ):  # fmt: skip
     op, taps = "block_conv2d_grad_input", kernel_size[0] * kernel_size[1]
     check_values(op, grad, values, col)
-    say_dense(op, "gradients of convolutions have no sparse kernel on CUDA")
+    state_once(f"{op} is computed with the dense weight: {_NO_GRADIENT}")
     per_group = channels // groups
     _, row, slot, _ = backward_parts(op, plan_t, crow, col, per_group, values.shape[2], taps)
     row = unturned(row, slot)
@@ -94,7 +120,7 @@ def _block_conv_grad_values(
     kernel_size, stride, padding, dilation, groups,
 ):  # fmt: skip
     op, taps = "block_conv2d_grad_values", kernel_size[0] * kernel_size[1]
-    say_dense(op, "gradients of convolutions have no sparse kernel on CUDA")
+    state_once(f"{op} is computed with the dense weight: {_NO_GRADIENT}")
     channels = x.shape[1] // groups
     _, row, _ = forward_parts(op, plan, crow, col, channels, block_cols, taps)
     shape = (grad.shape[1], channels, *kernel_size)
@@ -112,9 +138,6 @@ def _pixels_linear(linear, x):
     return linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
 
 
-_POINTWISE = "only 1x1 kernels with stride 1 and without padding or groups run sparse on CUDA"
-
-
 def _csr_conv(
     x, values, crow, col, bias, plan, plan_t,
     kernel_size, stride, padding, dilation, groups, activation="none",
@@ -126,7 +149,7 @@ def _csr_conv(
         return _pixels_linear(
             lambda flat: csr_linear(flat, values, crow, col, bias, plan, plan_t, activation), x
         )
-    say_dense(op, _POINTWISE)
+    state_once(f"{op} is computed with the dense weight: {_POINTWISE}")
     shape = (crow.numel() - 1, x.shape[1] // groups, *kernel_size)
     cols = shape[1] * shape[2] * shape[3]
     if plan is None or plan.numel() == 0:
@@ -152,7 +175,7 @@ def _nm_conv(
         return _pixels_linear(
             lambda flat: nm_linear(flat, values, index, bias, plan, plan_t, n, m, activation), x
         )
-    say_dense(op, _POINTWISE)
+    state_once(f"{op} is computed with the dense weight: {_POINTWISE}")
     channels, taps = x.shape[1] // groups, kernel_size[0] * kernel_size[1]
     if plan is None or plan.numel() == 0:
         weight = nm_conv._dense_weight(op, values, index, x.shape[1], n, m, kernel_size, groups)
@@ -164,8 +187,8 @@ def _nm_conv(
     return activate(conv2d(x, weight, bias, *geometry[1:]), activation, op).contiguous()
 
 
-_IMPL.impl("block_conv2d", _block_conv)
-_IMPL.impl("block_conv2d_grad_input", _block_conv_grad_input)
-_IMPL.impl("block_conv2d_grad_values", _block_conv_grad_values)
-_IMPL.impl("csr_conv2d", _csr_conv)
-_IMPL.impl("nm_conv2d", _nm_conv)
+CUDA.impl("block_conv2d", _block_conv)
+CUDA.impl("block_conv2d_grad_input", _block_conv_grad_input)
+CUDA.impl("block_conv2d_grad_values", _block_conv_grad_values)
+CUDA.impl("csr_conv2d", _csr_conv)
+CUDA.impl("nm_conv2d", _nm_conv)

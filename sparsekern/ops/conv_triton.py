@@ -15,15 +15,13 @@ import triton.language as tl
 
 from .block_triton import (
     Index,
-    activate,
-    on_device,
     padded,
     place_of,
-    processors_of,
     reduce_parts,
     upcast,
 )
-from .block_tuning import SpmmConfig, precision, spmm_config
+from .block_tuning import SpmmConfig, precision, with_split
+from .decode_triton import activate, multiprocessors
 
 
 class Geometry(NamedTuple):
@@ -142,44 +140,37 @@ def conv_constants(config: SpmmConfig, block, geometry: Geometry, ragged: bool, 
     )
 
 
-def block_conv(x, values, index: Index, bias, y, geometry: Geometry, activation: str, config=None):
-    """Y (n, out, oh, ow) = act(conv2d(x, W) + b), written to the contiguous y.
+def block_conv(x, values, index: Index, bias, y, geometry, activation: str, config: SpmmConfig):
+    """Y (n, out, oh, ow) = act(conv2d(x, W) + b), written to the contiguous y; returns y.
 
     Args:
-        x: `(n, in, h, w)`, float16, bfloat16 or float32. One copy is made unless it is
-            channels_last.
+        x: `(n, in, h, w)`, channels_last, float16, bfloat16 or float32.
         values: `(n_blocks, R, C)`, contiguous, of the same dtype.
         index: Of the blocks, with columns that count (block of channels, kernel position).
         bias: `(out,)` or None.
         y: Output, contiguous.
         geometry: Of the convolution.
         activation: none, relu, relu6, gelu or gelu_tanh.
-        config: None for the one that fits the shape.
+        config: See `block_tuning.candidates`; persistent and tma do not count here.
     """
-    x = x.contiguous(memory_format=torch.channels_last)
     images, outputs, out_height, out_width = y.shape
     pixels, rows, block = images * out_height * out_width, index.order.numel(), values.shape[1:]
     if y.numel() == 0:
         return y
     channels, outputs = x.shape[1] // geometry.groups, outputs // geometry.groups
-    if config is None:
-        pixel_rows = x.new_empty(0).expand(pixels, 0)  # only its shape, dtype and device are read
-        config = spmm_config(
-            pixel_rows, values.shape[0], rows, tuple(block), processors_of(x.device)
-        )
-    split, to = config.split, y
-    if split > 1:
-        to = x.new_empty(split, *y.shape, dtype=torch.float32)
+    processors = multiprocessors(x.device)
+    config = with_split(config, pixels, values.shape[0], rows, tuple(block), processors)
+    split = config.split
+    to = x.new_empty(split, *y.shape, dtype=torch.float32) if split > 1 else y
     now = (bias, activation) if split == 1 else (None, "none")
     tiles = triton.cdiv(pixels, config.tokens) * rows * triton.cdiv(block[0], config.height)
-    with on_device(x.device):
-        conv_kernel[(tiles * split,)](
-            x, values, index.crow, index.col, index.order, now[0], to, pixels, channels, outputs,
-            rows, rows // geometry.groups, *x.shape[2:], out_height, out_width,
-            **conv_constants(config, block, geometry, channels % block[1] != 0, x.dtype),
-            HAS_BIAS=now[0] is not None, ACTIVATION=now[1],
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
-        if split > 1:
-            reduce_parts(to, y, bias, activation, out_height * out_width)
+    conv_kernel[(tiles * split,)](
+        x, values, index.crow, index.col, index.order, now[0], to, pixels, channels, outputs,
+        rows, rows // geometry.groups, *x.shape[2:], out_height, out_width,
+        **conv_constants(config, block, geometry, channels % block[1] != 0, x.dtype),
+        HAS_BIAS=now[0] is not None, ACTIVATION=now[1],
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    if split > 1:
+        reduce_parts(to, y, bias, activation, out_height * out_width)
     return y
