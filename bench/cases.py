@@ -240,12 +240,19 @@ class Problem:
         return torch.autograd.grad(self.case.apply(*leaves), leaves, self.grad.double())
 
 
-def build(case: Case, pattern: str, sparsity: float, dtype: torch.dtype, seed: int = 0) -> Problem:
-    """Random data of a case, its weight pruned by magnitude to the pattern."""
-    generator = torch.Generator().manual_seed(seed)
+def build(
+    case: Case,
+    pattern: str,
+    sparsity: float,
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Problem:
+    """Random data of a case on a device, its weight pruned by magnitude to the pattern."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device=device)
 
     weight = normal(*case.weight_shape)
     weight /= weight[0].numel() ** 0.5

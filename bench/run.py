@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
@@ -26,6 +25,7 @@ from peers.client import ENGINES
 
 import sparsekern
 from sparsekern.measure import Timing, hardware, speedup
+from sparsekern.measure import commit as checkout
 from sparsekern.measure.table import MISSING, percent, times
 from sparsekern.patterns import parse
 
@@ -168,19 +168,8 @@ def header(options: argparse.Namespace, limits: dict[int, dict]) -> dict[str, ob
 
 
 def commit() -> str | None:
-    """Commit of the checkout, with `+changes` if a tracked file differs; None outside of git."""
-
-    def git(*arguments: str) -> str:
-        run = subprocess.run(
-            ["git", "-C", str(FOLDER), *arguments], capture_output=True, text=True, check=True
-        )
-        return run.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """Commit of this checkout, see `sparsekern.measure.commit`."""
+    return checkout(FOLDER)
 
 
 def measure(problem: cases.Problem, options: argparse.Namespace, limits: dict) -> dict:

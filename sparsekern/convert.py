@@ -12,12 +12,22 @@ from torch import Tensor, nn
 from .candidate import Candidate, eval_mode, swap, swap_back, time_model
 from .conversion import REPORT, ConversionReport, LayerReport, report
 from .device import cold_bytes, runnable
-from .fuse import Activations, Folds, Misread, check_agreement, run_once
+from .fuse import (
+    FUSABLE,
+    TRAINABLE,
+    Activations,
+    Folds,
+    Misread,
+    check_agreement,
+    run_once,
+    undisturbed,
+)
 from .measure.structure import check_inputs, forward_call
 from .measure.timer import synchronize
 from .nn import SparseConv2d, SparseLinear
 from .patterns import Unstructured, detect
 from .pool import ChannelsLastMaxPool2d, faster_pools
+from .progress import track
 from .sites import find_sites, group_tied
 from .tune import (
     MIN_GAIN,
@@ -60,6 +70,11 @@ def convert_to_sparse(
     Max pools run by way of channels_last where that is faster. The modules become an nn.Identity;
     `to_dense` brings activations back, a folded model stays folded.
 
+    For training nothing is folded, only ReLU is fused (its gradient needs no more than its output),
+    and max pools are chosen by forward and backward together. The example inputs run in the mode
+    the model is in; statistics of normalisations and random numbers come back as they were. Make
+    the optimizer after the conversion: the sparse layers have parameters of their own.
+
     Args:
         model: Any module; changed in place. Shared and tied layers stay shared and tied.
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments (what a
@@ -68,7 +83,7 @@ def convert_to_sparse(
         mode: `inference` times the forward pass; `training` times forward and both gradients and
             prepares the backward pass.
         min_gain: Least ratio dense time / sparse time to take a sparse layer.
-        fuse: Whether to fold normalisations, fuse activations and move max pools, for inference.
+        fuse: Whether to fold normalisations, fuse activations and move max pools.
         budget_s: Seconds of timing per distinct layer shape.
         cache: Keep timings in the user's cache folder, so that the next conversion is quick.
         progress: Show a progress bar; None shows it in a terminal when there is much to time.
@@ -89,8 +104,9 @@ def convert_to_sparse(
     job.tuning = TuningCache(device, on_disk=cache and example_inputs is not None)
     job.cold_bytes = cold_bytes(model, device)
     try:
-        if fuse and mode == "inference" and example_inputs is not None:
-            job.folds = Folds.find(model, example_inputs)
+        if fuse and example_inputs is not None:
+            if mode == "inference":
+                job.folds = Folds.find(model, example_inputs)
             job.fuse = not job.folds.reason
         return _convert(job, candidates, progress)
     except Misread as error:
@@ -185,32 +201,23 @@ def _record_inputs(job: _Job, candidates) -> dict[int, Counter] | None:
     return specs
 
 
-def _with_progress(candidates, progress: bool | None):
-    import sys
-
-    show = progress if progress is not None else len(candidates) > 8 and sys.stderr.isatty()
-    if not show:
-        return candidates
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(candidates, "timing layers", console=console, transient=True)
-
-
 def _decide_all(job: _Job, candidates: list[Candidate], progress: bool | None) -> None:
     """Choose for every candidate, build the sparse twins, settle which activations they take."""
     job.specs = _record_inputs(job, candidates)
     able = {s.module for c in candidates for s in c.sites if not s.obstacle}
     if job.fuse:
-        job.activations = Activations(job.model, job.inputs, able)
+        with undisturbed(job.model):
+            kinds = FUSABLE if job.mode == "inference" else TRAINABLE
+            job.activations = Activations(job.model, job.inputs, able, kinds)
         job.planned = job.activations.of_layers(able)
-    for candidate in _with_progress(candidates, progress):
+    for candidate in track(candidates, "timing layers", progress):
         _decide(job, candidate)
     job.tuning.save()
     taken = [c for c in candidates if c.take]
     if taken and job.fuse and taken[0].sites[0].module.weight.device.type == "cpu":
-        taken[0].fused = faster_pools(job.model, job.specs, job.budget_s)
+        taken[0].fused = faster_pools(
+            job.model, job.specs, job.budget_s, training=job.mode == "training"
+        )
     if not job.planned:
         return
     twins = {s.module: t for c in taken for s, t in zip(c.sites, c.sparse, strict=True)}
@@ -360,12 +367,15 @@ def _agreement(job: _Job, converted: nn.Module, taken) -> float | None:
     """How far the outputs are from those of the model as it came; Misread if it is no rounding."""
     swap_back(job.model, taken)
     job.folds.undo()
-    want = run_once(job.model, job.inputs)
+    with undisturbed(job.model):
+        want = run_once(job.model, job.inputs)
     job.folds.apply()
     swap(job.model, taken)
     dtype = taken[0].sites[0].module.weight.dtype
     try:
-        return check_agreement(want, run_once(converted, job.inputs), dtype)
+        with undisturbed(job.model):
+            got = run_once(converted, job.inputs)
+        return check_agreement(want, got, dtype)
     except Exception as error:
         raise Misread(str(error)) from error
 

@@ -93,13 +93,9 @@ class CSRWeight(SparseWeight):
         pairs = not transpose and self.dtype == torch.bfloat16 and len(self.shape) == 2
         return csr_plan(self.crow, self.col, cols, self.groups, self.taps, transpose, pairs)
 
-    def _apply(self, fn, recurse=True):
-        """As every module; a change to or from bfloat16 changes the schedule."""
-        before = self.dtype
-        super()._apply(fn, recurse)
-        if torch.bfloat16 in (before, self.dtype) and before != self.dtype:
-            self._make_plans(training=self.plan_t.numel() > 0)
-        return self
+    def _plan_depends(self) -> tuple:
+        """As for every weight; bfloat16 has a schedule of its own."""
+        return (*super()._plan_depends(), self.dtype == torch.bfloat16)
 
 
 def _row_starts(kept: Tensor) -> Tensor:

@@ -1,12 +1,12 @@
 """The data loader of the examples, on small files written here."""
 
 import gzip
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from idx_common import FILES, idx, write_files
 
 
 @pytest.fixture
@@ -18,23 +18,9 @@ def data(monkeypatch):
     return data
 
 
-def idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
-def write_files(data, folder: Path, counts=(20, 10), zipped=True) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    generator = np.random.default_rng(0)
-    for (images, labels), count in zip(data.FILES.values(), counts):
-        pixels = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
-        for name, array in ((images, pixels), (labels, np.arange(count, dtype=np.uint8) % 10)):
-            content = gzip.compress(idx(array)) if zipped else idx(array)
-            (folder / (name + ".gz" * zipped)).write_bytes(content)
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_reads_idx_files(data, tmp_path, zipped):
-    write_files(data, tmp_path, zipped=zipped)
+    write_files(tmp_path, zipped=zipped)
     images = data.load(folder=tmp_path)
     assert images.train.images.shape == (20, 1, 28, 28) and len(images.test) == 10
     assert images.train.images.dtype == torch.float32 and images.train.labels.dtype == torch.int64
@@ -44,7 +30,7 @@ def test_reads_idx_files(data, tmp_path, zipped):
 
 
 def test_finds_an_unpacked_package_through_the_variable(data, tmp_path, monkeypatch):
-    write_files(data, tmp_path / data.DEBIAN)
+    write_files(tmp_path / data.DEBIAN)
     monkeypatch.setenv("FASHION_MNIST", str(tmp_path))
     assert len(data.load().train) == 20
     # An argument beats the variable.
@@ -53,7 +39,7 @@ def test_finds_an_unpacked_package_through_the_variable(data, tmp_path, monkeypa
 
 
 def test_held_out_images_come_from_training(data, tmp_path):
-    write_files(data, tmp_path)
+    write_files(tmp_path)
     images = data.load(folder=tmp_path)
     choice = images.held_out(5).first(8)
     assert len(choice.train) == 8 and len(choice.test) == 5
@@ -61,7 +47,7 @@ def test_held_out_images_come_from_training(data, tmp_path):
 
 
 def test_batches_are_shuffled_by_their_generator_alone(data, tmp_path):
-    write_files(data, tmp_path)
+    write_files(tmp_path)
     train = data.load(folder=tmp_path).train
     first, again = (
         [y.tolist() for _, y in train.batches(8, torch.Generator().manual_seed(1))]
@@ -98,16 +84,16 @@ def damage(content: bytes, how: str) -> bytes:
     ],
 )
 def test_damaged_files_are_refused(data, tmp_path, how, message):
-    write_files(data, tmp_path, zipped=False)
-    path = tmp_path / data.FILES["train"][0]
+    write_files(tmp_path, zipped=False)
+    path = tmp_path / FILES[0][0]
     path.write_bytes(damage(path.read_bytes(), how))
     with pytest.raises(data.DataError, match=message):
         data.load(folder=tmp_path)
 
 
 def test_labels_must_fit_the_images(data, tmp_path):
-    write_files(data, tmp_path, zipped=False)
-    (tmp_path / data.FILES["test"][1]).write_bytes(idx(np.zeros(3, np.uint8)))
+    write_files(tmp_path, zipped=False)
+    (tmp_path / FILES[1][1]).write_bytes(idx(np.zeros(3, np.uint8)))
     with pytest.raises(data.DataError, match=r"expected images .* and N labels"):
         data.load(folder=tmp_path)
 

@@ -166,10 +166,8 @@ Tensor nm_conv2d_grad_input_cpu(const Tensor& grad, const Tensor& values, const 
     return out;
   }
   const NmTwin twin = get_nm_twin(op, p, plan_t);
-  Planes planes;
-  Operands o = backward_operands(c, gc, out.mutable_data_ptr<float>(), &planes);
-  o.values = vc.const_data_ptr<float>(), o.perm = twin.transposed.perm;
-  run_spmm(twin.transposed.plan, o);
+  run_backward(c, twin.transposed.plan, {vc.const_data_ptr<float>(), twin.transposed.perm}, gc,
+               out);
   return to_dtype(out, grad.scalar_type());
 }
 

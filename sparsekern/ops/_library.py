@@ -1,20 +1,24 @@
 """What every op file needs: the library to define in, and the fallback to the reference."""
 
+import functools
+
 import torch
 from torch.library import Library
 
 from .. import _load as _load  # loads the compiled kernels, which register themselves
+from .cuda_support import state_once
 
 LIBRARY = Library("sparsekern", "DEF")
 # Kernels of a device win over this key; it serves every device that has none.
 _FALLBACK = Library("sparsekern", "IMPL", "CompositeExplicitAutograd")
+CUDA = Library("sparsekern", "IMPL", "CUDA")
 
 
 def define(schema: str, reference, fake):
     """Defines an op with its reference implementation and its fake; returns the op."""
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _FALLBACK.impl(name, reference)
+    _FALLBACK.impl(name, _stating(name, reference))
     torch.library.register_fake(f"sparsekern::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.sparsekern, name).default
 
@@ -37,6 +41,19 @@ def row_of_each(crow: torch.Tensor) -> torch.Tensor:
     return torch.repeat_interleave(rows, crow.diff().long())
 
 
+def _stating(name: str, reference):
+    """The reference, which says once that a device without kernels of ours runs it."""
+
+    @functools.wraps(reference)
+    def run(*args, **kwargs):
+        kind = args[0].device.type
+        if kind not in ("cpu", "cuda"):
+            state_once(f"{name} multiplies dense on {kind}, for which there are no kernels")
+        return reference(*args, **kwargs)
+
+    return run
+
+
 def activate(y: torch.Tensor, activation: str, op: str) -> torch.Tensor:
     """The fused activations by name: none, relu, relu6, gelu (erf), gelu_tanh."""
     if activation == "none":
@@ -56,9 +73,9 @@ def activate(y: torch.Tensor, activation: str, op: str) -> torch.Tensor:
 def activation_backward(grad, activation: str, output, pre_activation):
     """Gradient before the activation; `pre_activation` is called only where it is needed."""
     if activation == "relu":
-        return grad * (output > 0)
+        return torch.ops.aten.threshold_backward(grad, output, 0)
     if activation == "relu6":
-        return grad * ((output > 0) & (output < 6))
+        return torch.ops.aten.hardtanh_backward(grad, output, 0, 6)
     if activation in ("gelu", "gelu_tanh"):
         approximate = "tanh" if activation == "gelu_tanh" else "none"
         return torch.ops.aten.gelu_backward(grad, pre_activation(), approximate=approximate)

@@ -1,6 +1,7 @@
 """One-shot pruning: `prune`."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -19,6 +20,7 @@ def prune(
     loss_fn=None,
     targets: type | Sequence[type] = (nn.Linear, nn.Conv2d),
     ignore: str | type | Iterable[str | type] = (),
+    progress: bool | None = None,
     **method_options,
 ) -> PruneReport:
     """Set the least important weights of a model to zero, in place.
@@ -52,6 +54,8 @@ def prune(
             target is None for data without. Others ignore it.
         targets: Layer types to prune; `nn.Linear` includes transformers' `Conv1D`.
         ignore: Layers to leave alone, by name, glob, name of a module around them, or type.
+        progress: Show a progress bar over stages or rounds; None shows it in a terminal when there
+            are many.
         **method_options: Fields of the method's class, as `seed=` or `percdamp=`.
 
     Returns:
@@ -66,5 +70,5 @@ def prune(
     job, skipped = prepare(
         model, method, sparsity, pattern, scope, data, loss_fn, targets, ignore, method_options
     )
-    job.run()
+    replace(job, progress=progress).run()
     return make_report(method, job.pattern, job.scope, job.layers, skipped)

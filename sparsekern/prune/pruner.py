@@ -39,7 +39,7 @@ class Pruner:
     `optimizer.step()`, so neither momentum nor weight decay revives them; the optimizer's state at
     dropped and at regrown weights is cleared. Steps that the optimizer skips (GradScaler) do not
     count. Everything is deterministic, and identical on all ranks of a distributed run: scores and
-    gradients are averaged over them.
+    gradients are averaged over them. Every rank must hold whole weights (DDP, not FSDP).
 
     To resume, build model, optimizer and Pruner as before and load the three state_dicts, in any
     order: training goes on bit by bit as if it had never stopped.

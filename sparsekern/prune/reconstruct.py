@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..patterns import Unstructured
+from ..progress import track
 from .calibration import Calibration, evaluating, input_rows, token_mask
 from .data import read_batches
 from .methods.base import zero_out
@@ -38,6 +39,7 @@ def reconstruct(
     sequential: bool = True,
     targets: type | Sequence[type] = (nn.Linear, nn.Conv2d),
     ignore: str | type | Iterable[str | type] = (),
+    progress: bool | None = None,
 ) -> Reconstruction:
     """Refit what is left of the weights, layer by layer, to what the dense model has there.
 
@@ -45,7 +47,8 @@ def reconstruct(
     are its inputs in the pruned model, whose earlier stages are refitted already, and Y the outputs
     of the dense layer on the dense model's inputs, so that a later layer repairs earlier ones. He
     et al. 2017, arXiv:1707.06168, eq. 1 (its regression for W, here for any mask and row by row);
-    no label and no gradient is needed. Works after any method and pattern; zeros stay zeros.
+    no label and no gradient is needed. Works after any method and pattern; zeros stay zeros. In a
+    distributed run give every rank the same data.
 
     Args:
         model: The pruned model; its kept weights change in place. A mask of a `Pruner` tells which
@@ -57,6 +60,7 @@ def reconstruct(
         sequential: Stage by stage, or all layers with inputs of the model as it is now.
         targets: As for `prune`.
         ignore: As for `prune`.
+        progress: Show a progress bar over the stages, as for `prune`.
 
     Raises:
         ValueError: A bad value, other layers in `dense`, no pruned layer, inputs that are not
@@ -70,7 +74,7 @@ def reconstruct(
     with evaluating(model), evaluating(dense), restored_on_error(layers):
         runs = Calibration(model, layers, batches, sequential)
         reference = Calibration(dense, [whole for _, whole in pairs], batches, sequential)
-        for stage in runs.stages:
+        for stage in track(runs.stages, "refitting", progress):
             sums = {i: _Sums.zeros(layers[i]) for i in stage}
             for batch in batches:
                 valid = token_mask(batch.kwargs)
