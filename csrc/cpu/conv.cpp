@@ -55,9 +55,7 @@ Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& crow,
                 c.out_sink(nullptr), y.mutable_data_ptr<double>());
     return y;
   }
-  Operands o = output_operands(c, y.mutable_data_ptr<float>());
-  o.values = vc.const_data_ptr<float>(), o.bias = data_or_null(b), o.activation = act;
-  run_conv(holder.view, o, input_image(c, xc), c.forward_y(), c.forward_x());
+  run_forward(c, holder.view, {vc.const_data_ptr<float>(), nullptr, data_or_null(b), act}, xc, y);
   return to_dtype(y, x.scalar_type());
 }
 
@@ -84,9 +82,7 @@ Tensor csr_conv2d_grad_input_cpu(const Tensor& grad, const Tensor& values, const
                 nullptr, kNone, c.in_sink(nullptr), out.mutable_data_ptr<double>());
     return out;
   }
-  Operands o = input_operands(c, out.mutable_data_ptr<float>());
-  o.values = vc.const_data_ptr<float>(), o.perm = t.perm;
-  run_conv(t.plan, o, output_image(c, gc), c.backward_y(), c.backward_x());
+  run_backward(c, t.plan, {vc.const_data_ptr<float>(), t.perm}, gc, out);
   return to_dtype(out, grad.scalar_type());
 }
 

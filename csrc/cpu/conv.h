@@ -61,25 +61,19 @@ struct Planes {
   ImageSource source;
 };
 
-// The dense operand of a convolution, contiguous (images, channels, height, width).
-struct ConvImage {
-  const float* data;
-  int64_t images, channels, height, width;
-};
-
 // A vector read at the end of the last plane must stay inside the buffer.
 constexpr int64_t kSlack = 16;
 
-inline void make_planes(const ConvImage& in, const Axis& y, const Axis& x, ScratchSlot slot,
-                        Planes* p) {
+inline void make_planes(const float* src, int64_t images, int64_t channels, const Axis& y,
+                        const Axis& x, ScratchSlot slot, Planes* p) {
   p->layout = plane_layout(y, x);
   const bool plain = is_plain(y, x);
   const int64_t taps = static_cast<int64_t>(p->layout.tap_offset.size());
   const PlaneLayout& l = p->layout;
-  const int64_t floats = in.images * in.channels * l.plane_size;
+  const int64_t floats = images * channels * l.plane_size;
   float* dst = plain ? nullptr : thread_scratch(slot, floats + kSlack);
-  p->source = {plain ? in.data : dst, in.channels, l.plane_size, l.pitch, 0, taps,
-               l.tap_offset.data(),   y.out,       x.out,        !plain};
+  p->source = {plain ? src : dst,   channels, l.plane_size, l.pitch, 0, taps,
+               l.tap_offset.data(), y.out,    x.out,        !plain};
   if (plain) {  // rows of the grid follow each other without a gap: one long row
     p->source.out_w = y.out * x.out;
     p->source.out_h = 1;
@@ -88,9 +82,9 @@ inline void make_planes(const ConvImage& in, const Axis& y, const Axis& x, Scrat
   std::fill_n(dst + floats, kSlack, 0.f);
   const PlaneAxis ay = plane_axis(y), ax = plane_axis(x);
   const int64_t grain = std::max<int64_t>(1, 100000 / std::max<int64_t>(1, l.plane_size));
-  torch::stable::parallel_for(0, in.images * in.channels, grain, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, images * channels, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      kernels().fill_plane({in.data + i * y.size * x.size, dst + i * l.plane_size, ay, ax});
+      kernels().fill_plane({src + i * y.size * x.size, dst + i * l.plane_size, ay, ax});
   });
 }
 
@@ -160,57 +154,65 @@ inline Conv conv_of_grad(const std::string& op, const Tensor& grad,
   return c;
 }
 
-// The input, and the gradient of the output, contiguous float32.
-inline ConvImage input_image(const Conv& c, const Tensor& x) {
-  return {x.const_data_ptr<float>(), c.images, c.in_channels, c.height, c.width};
-}
-inline ConvImage output_image(const Conv& c, const Tensor& grad) {
-  return {grad.const_data_ptr<float>(), c.images, c.out_channels, c.out_h, c.out_w};
-}
-
-// Of a product that gives the output y; the values, what comes after the product, and the source
-// are left to the caller.
-inline Operands output_operands(const Conv& c, float* y) {
+// Of a product with padded planes; the values, and what comes after it, are left to the caller.
+inline Operands image_operands(const Conv& c, const Planes& planes, const Sink& sink,
+                               int64_t tokens, int64_t channels_per_group) {
   Operands o{};
-  o.sink = c.out_sink(y), o.tokens = c.out_pixels();
-  o.groups = c.groups, o.channels_per_group = c.in_per_group();
+  o.source = {nullptr, &planes.source};
+  o.sink = sink, o.tokens = tokens;
+  o.groups = c.groups, o.channels_per_group = channels_per_group;
   return o;
 }
 
-// Of one that gives the gradient of the input.
-inline Operands input_operands(const Conv& c, float* grad_x) {
-  Operands o{};
-  o.sink = c.in_sink(grad_x), o.tokens = c.in_pixels();
-  o.groups = c.groups, o.channels_per_group = c.out_per_group();
-  return o;
-}
-
-// The same with the source in padded planes.
+// From an input x, contiguous float32, to the output y.
 inline Operands forward_operands(const Conv& c, const Tensor& x, float* y, Planes* planes) {
-  make_planes(input_image(c, x), c.forward_y(), c.forward_x(), kPlanes, planes);
-  Operands o = output_operands(c, y);
-  o.source.image = &planes->source;
-  return o;
+  make_planes(x.const_data_ptr<float>(), c.images, c.in_channels, c.forward_y(), c.forward_x(),
+              kPlanes, planes);
+  return image_operands(c, *planes, c.out_sink(y), c.out_pixels(), c.in_per_group());
 }
-inline Operands backward_operands(const Conv& c, const Tensor& grad, float* grad_x,
-                                  Planes* planes) {
-  make_planes(output_image(c, grad), c.backward_y(), c.backward_x(), kPlanes, planes);
-  Operands o = input_operands(c, grad_x);
-  o.source.image = &planes->source;
-  return o;
+
+// From the gradient of the output to that of the input.
+inline Operands backward_operands(const Conv& c, const Tensor& grad, float* out, Planes* planes) {
+  make_planes(grad.const_data_ptr<float>(), c.images, c.out_channels, c.backward_y(),
+              c.backward_x(), kPlanes, planes);
+  return image_operands(c, *planes, c.in_sink(out), c.in_pixels(), c.out_per_group());
 }
 
 // The gradient of the output as it is, for the weight gradient.
 inline Source grad_source(const Conv& c, const Tensor& grad, Planes* planes) {
   const auto as_it_is = [](int64_t n) { return forward_axis(n, n, 1, 1, 0, 1); };
-  make_planes(output_image(c, grad), as_it_is(c.out_h), as_it_is(c.out_w), kGradPlanes, planes);
+  make_planes(grad.const_data_ptr<float>(), c.images, c.out_channels, as_it_is(c.out_h),
+              as_it_is(c.out_w), kGradPlanes, planes);
   return {nullptr, &planes->source};
 }
 
-// out = act(conv(image, values) + bias), split over threads; the source of the operands is not
-// read.
+// The dense operand of a convolution, contiguous (images, channels, height, width).
+struct ConvImage {
+  const float* data;
+  int64_t images, channels, height, width;
+};
+
+// out = act(conv(image, values) + bias), split over threads; makes the source of the operands.
 void run_conv(const PlanView& plan, Operands operands, const ConvImage& image, const Axis& y,
               const Axis& x);
+
+// From an input x, contiguous float32, to the output y; the operands hold values, bias, activation.
+inline void run_forward(const Conv& c, const PlanView& plan, Operands o, const Tensor& x,
+                        const Tensor& y) {
+  o.sink = c.out_sink(y.mutable_data_ptr<float>());
+  o.tokens = c.out_pixels(), o.groups = c.groups, o.channels_per_group = c.in_per_group();
+  run_conv(plan, o, {x.const_data_ptr<float>(), c.images, c.in_channels, c.height, c.width},
+           c.forward_y(), c.forward_x());
+}
+
+// From the gradient of the output to that of the input; the operands hold values and perm.
+inline void run_backward(const Conv& c, const PlanView& plan, Operands o, const Tensor& grad,
+                         const Tensor& out) {
+  o.sink = c.in_sink(out.mutable_data_ptr<float>());
+  o.tokens = c.in_pixels(), o.groups = c.groups, o.channels_per_group = c.out_per_group();
+  run_conv(plan, o, {grad.const_data_ptr<float>(), c.images, c.out_channels, c.out_h, c.out_w},
+           c.backward_y(), c.backward_x());
+}
 
 // float64 by plain loops, group by group. `backward` walks from the output to the input.
 struct Reference {

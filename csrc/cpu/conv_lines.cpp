@@ -100,7 +100,7 @@ bool run_lines(const PlanView& plan, const Operands& o, const ConvImage& in, con
 void run_conv(const PlanView& plan, Operands o, const ConvImage& in, const Axis& y, const Axis& x) {
   if (run_lines(plan, o, in, y, x)) return;
   Planes planes;
-  make_planes(in, y, x, kPlanes, &planes);
+  make_planes(in.data, in.images, in.channels, y, x, kPlanes, &planes);
   o.source = {nullptr, &planes.source};
   run_spmm(plan, o);
 }

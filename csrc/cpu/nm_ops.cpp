@@ -166,9 +166,8 @@ Tensor nm_conv2d_grad_input_cpu(const Tensor& grad, const Tensor& values, const 
     return out;
   }
   const NmTwin twin = get_nm_twin(op, p, plan_t);
-  Operands o = input_operands(c, out.mutable_data_ptr<float>());
-  o.values = vc.const_data_ptr<float>(), o.perm = twin.transposed.perm;
-  run_conv(twin.transposed.plan, o, output_image(c, gc), c.backward_y(), c.backward_x());
+  run_backward(c, twin.transposed.plan, {vc.const_data_ptr<float>(), twin.transposed.perm}, gc,
+               out);
   return to_dtype(out, grad.scalar_type());
 }
 
