@@ -80,7 +80,6 @@ class Plan {
   void run(const Tensor& packed, const Tensor& x, const Tensor& y, float alpha);
   // Times the library's algorithms, stays with the fastest, and returns it.
   Algorithm search(const Tensor& packed, const Tensor& x, const Tensor& y);
-  int last_algorithm() const { return read(CUSPARSELT_MATMUL_ALG_CONFIG_MAX_ID) - 1; }
 
  private:
   int read(cusparseLtMatmulAlgAttribute_t attribute) const;
@@ -334,7 +333,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>
   return y;
 }
 
-// The four attributes of the fastest algorithm, and the number of the last one there is.
+// The four attributes of the fastest algorithm; its plan is kept.
 std::vector<int64_t> search(const Tensor& x, const Tensor& packed,
                             const std::optional<Tensor>& bias, int64_t rows, int64_t activation,
                             ScalarType out) {
@@ -345,7 +344,6 @@ std::vector<int64_t> search(const Tensor& x, const Tensor& packed,
   const Tensor y = torch::stable::new_empty(x, {x.size(0), rows}, out);
   p.algorithm = plan->search(packed, x, y);
   std::vector<int64_t> found(p.algorithm.attribute.begin(), p.algorithm.attribute.end());
-  found.push_back(plan->last_algorithm());
   if (!state.by_key.count(p.key())) state.keep(p, std::move(plan));
   return found;
 }

@@ -11,14 +11,39 @@ from .cuda_support import state_once
 LIBRARY = Library("sparsekern", "DEF")
 # Kernels of a device win over this key; it serves every device that has none.
 _FALLBACK = Library("sparsekern", "IMPL", "CompositeExplicitAutograd")
-CUDA = Library("sparsekern", "IMPL", "CUDA")
+_CUDA = Library("sparsekern", "IMPL", "CUDA")
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
+def without_views(function):
+    """An implementation in Python whose result is no view, however it was shaped.
+
+    Autograd refuses to change a view that an op returns: `nn.ReLU(inplace=True)` behind a layer
+    would fail.
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+            return function(*args, **kwargs)
+
+    return run
+
+
+class CUDA:
+    """Where implementations for CUDA register."""
+
+    @staticmethod
+    def impl(name: str, function) -> None:
+        """Register a function for an op, by its name without namespace."""
+        _CUDA.impl(name, without_views(function))
 
 
 def define(schema: str, reference, fake):
     """Defines an op with its reference implementation and its fake; returns the op."""
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _FALLBACK.impl(name, _stating(name, reference))
+    _FALLBACK.impl(name, without_views(_stating(name, reference)))
     torch.library.register_fake(f"sparsekern::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.sparsekern, name).default
 

@@ -215,7 +215,7 @@ def split_candidates(best: list[int], capability, rows: int, tokens: int) -> lis
 
 def _search(x, packed, bias, rows: int, activation: int) -> list[int]:
     try:
-        best = list(_OPS._cslt_search(x, packed, bias, rows, activation, x.dtype))[:4]
+        best = list(_OPS._cslt_search(x, packed, bias, rows, activation, x.dtype))
     except RuntimeError as error:
         state_once(f"nm_linear takes the default algorithm of cuSPARSELt: {error}")
         return []

@@ -8,6 +8,7 @@ from conftest import SPARSE
 from samples import csr_of, random_weight
 
 from sparsekern.ops import csr_cuda, cuda_support
+from sparsekern.ops._library import without_views
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -66,6 +67,17 @@ def test_every_way_backward(dtype, only):
         only(name)
         for made in (plan, plan_t):
             close(csr_cuda._grad_values(grad, x, crow, col, made), want_values, dtype)
+
+
+def test_results_can_be_changed_in_place(only):
+    """As registered: autograd would refuse it of a view."""
+    x, values, crow, col = problem(torch.float32)
+    plan, plan_t = plans(crow, col, 37)
+    only("cusparse 3c")
+    linear = without_views(csr_cuda._linear)
+    assert not linear(x.view(3, 3, 37), values, crow, col, None, plan)._is_view()
+    back = without_views(csr_cuda._grad_input)
+    assert not back(x.new_ones(3, 3, 21), values, crow, col, plan_t, 37)._is_view()
 
 
 def test_unaligned_operands_are_copied(only):
