@@ -12,6 +12,7 @@ SIZES = dict.fromkeys(("channels", "slots", "row_bytes"), "i32")
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_compiles(cap, dtype):
     constants = {"N": 2, "M": 4, "BITS": 2, "BLOCK": BLOCK}
-    for kernel, first, last in ((_expand, "values", "dense"), (_collect, "dense", "values")):
-        types = {first: f"*{dtype}", "index": "*u8", last: f"*{dtype}", **SIZES}
-        compile_for(kernel, types, constants, cap=cap).check()
+    types = {"values": f"*{dtype}", "index": "*u8", "dense": f"*{dtype}", **SIZES}
+    for taps in (1, 9):
+        compile_for(_expand, types, {**constants, "TAPS": taps}, cap=cap).check()
+    compile_for(_collect, types, constants, cap=cap).check()

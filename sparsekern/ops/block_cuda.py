@@ -18,7 +18,7 @@ import torch
 
 from . import block
 from ._library import CUDA, check_activation, check_indices
-from .block_tuning import candidates, chunk_blocks, precision
+from .block_tuning import candidates, chunk_blocks, precision, worth_timing
 from .cuda_choice import run_fastest, shape_key, token_bucket
 from .cuda_support import (
     aligned,
@@ -28,6 +28,7 @@ from .cuda_support import (
     device_facts,
     device_fault,
     finish,
+    refuse,
     state_once,
 )
 
@@ -92,8 +93,8 @@ def backward_parts(op, plan, crow, col, channels, block_cols, taps=1):
 
 
 def _check_plan(op: str, wanted: str, plan, crow, fits: bool) -> None:
-    fits = fits and plan.dtype == torch.int32 and plan.device == crow.device
-    check(fits, op, wanted, f"{plan.dtype} of {plan.numel()} entries on {plan.device}")
+    if not (fits and plan.dtype == torch.int32 and plan.device == crow.device):
+        refuse(op, wanted, f"{plan.dtype} of {plan.numel()} entries on {plan.device}")
 
 
 def misfit(dtype, height: int) -> str:
@@ -152,17 +153,17 @@ def blocks_of(dense, row, col, size, groups=1):
 def check_values(op: str, like, values, col) -> None:
     """Check values (n_blocks, R, C) against the activation and the columns."""
     check_operand(op, "values", values, like, like.dtype)
-    check(values.dim() == 3, op, "values with 3 dimensions", f"shape {tuple(values.shape)}")
-    blocks = col.numel()
-    check(len(values) == blocks, op, f"values.size(0) = col.size(0) = {blocks}", len(values))
+    check(values.dim() == 3, op, "values with 3 dimensions", values.shape)
+    if len(values) != len(col):
+        refuse(op, f"values.size(0) = col.size(0) = {len(col)}", len(values))
 
 
 def check_pattern(op: str, like, crow, col, rows: int) -> None:
     """Check sizes, dtype and device of the index; a plan vouches for what it holds."""
     check_operand(op, "crow", crow, like, torch.int32)
     check_operand(op, "col", col, like, torch.int32)
-    want = f"crow.size(0) = rows of blocks + 1 = {rows + 1}"
-    check(len(crow) == rows + 1, op, want, len(crow))
+    if len(crow) != rows + 1:
+        refuse(op, f"crow.size(0) = rows of blocks + 1 = {rows + 1}", len(crow))
 
 
 def product_ways(op, x, values, index, bias, outer, activation) -> dict:
@@ -178,7 +179,7 @@ def product_ways(op, x, values, index, bias, outer, activation) -> dict:
     configs = candidates(x.device, x.element_size(), bucket, block_size, x.shape[1])
     return {
         name: partial(spmm, x, values, index, bias, outer, activation, config)
-        for name, config in configs.items()
+        for name, config in worth_timing(configs, len(x), values.numel()).items()
     }
 
 
@@ -237,7 +238,8 @@ def _grad_values(grad, x, crow, col, plan, block_rows, block_cols):
     check_operand(op, "grad", grad, x, x.dtype)
     check_pattern(op, x, crow, col, -(-grad.shape[-1] // block_rows))
     grad, flat = aligned(grad.reshape(-1, grad.shape[-1])), aligned(x.reshape(-1, x.shape[-1]))
-    check(len(grad) == len(flat), op, f"tokens of grad = {len(flat)}", len(grad))
+    if len(grad) != len(flat):
+        refuse(op, f"tokens of grad = {len(flat)}", len(grad))
     _, row, chunks = forward_parts(op, plan, crow, col, x.shape[-1], block_cols)
 
     def dense():

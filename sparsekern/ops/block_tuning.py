@@ -4,8 +4,8 @@ Nothing in the table has been measured on a GPU. It follows from counts: x cross
 multiprocessor once for every row of blocks, so a tile does at most R operations for each byte of
 x in 16 bits, whatever its number of tokens. More tokens make the values cost less, and are bounded
 by registers (256 x 128 spills, except with the copy engine); low blocks want two tiles on a
-multiprocessor instead, so that one loads while the other multiplies. On the device the `candidates` are timed
-against each other, see `cuda_choice`; the first one serves until then.
+multiprocessor instead, so that one loads while the other multiplies. On the device the `candidates`
+are timed against each other, see `cuda_choice`; the first one serves until then.
 """
 
 import functools
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+WORTH_TIMING = 2**26  # multiplications, about 1 us of the tensor cores of an H200 in 16 bits
 CHUNK_COLUMNS = 128  # columns of x that a program of the weight gradient takes at least
 
 
@@ -140,6 +141,16 @@ def grad_config(x, chunks: int, block, processors: int) -> GradConfig:
     while programs * split < processors and split < 16 and x.shape[0] >= 8 * step * split:
         split *= 2
     return GradConfig(rows, CHUNK_COLUMNS, step, 8 if rows == 128 else 4, 3, split)
+
+
+def worth_timing(configs: dict[str, SpmmConfig], tokens: int, stored: int):
+    """All configs for a product of some size, only the first for a small one.
+
+    Each config costs seconds to compile, and where all of them take microseconds nobody gains. Few
+    tokens count as 64: their time is that of reading the values.
+    """
+    large = max(tokens, 64) * stored >= WORTH_TIMING
+    return configs if large else dict(list(configs.items())[:1])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -5,7 +5,7 @@
 - csr_conv2d and nm_conv2d with a 1x1 kernel, stride 1 and no padding or groups: the linear op on
   the pixels, without a copy of a channels_last input.
 - Everything else, and all gradients: the dense weight, put together on the device without waiting
-  for it, and the convolution of torch. The reason is said once.
+  for it (N:M in one pass of a kernel), and the convolution of torch. The reason is said once.
 
 Results are contiguous (n, out, oh, ow), as on the CPU.
 """
@@ -16,9 +16,10 @@ import torch
 from torch.nn.functional import conv2d
 
 from . import block_conv, conv, nm_conv
-from ._library import CUDA, activate, check_activation, check_indices
+from ._library import CUDA, check_activation, check_indices
 from .block import block_grid
 from .block_cuda import (
+    KERNEL_DTYPES,
     backward_parts,
     blocks_of,
     check_pattern,
@@ -26,15 +27,16 @@ from .block_cuda import (
     choice_key,
     dense_weight,
     forward_parts,
+    kernel_fault,
     takes_kernel,
     unturned,
 )
-from .block_tuning import candidates
+from .block_tuning import candidates, worth_timing
 from .conv import output_size
 from .csr import csr_linear
 from .cuda_choice import run_fastest, token_bucket
 from .cuda_support import check, check_bias, finish, state_once
-from .nm import nm_linear, slot_channels
+from .nm import nm_linear, slot_channels, slot_columns
 
 _NO_GRADIENT = "gradients of convolutions have no sparse kernel on CUDA"
 _POINTWISE = "only 1x1 kernels with stride 1 and without padding or groups run sparse on CUDA"
@@ -94,7 +96,8 @@ def _block_ways(op, x, values, index, bias, y, geometry, activation) -> dict:
         arguments = (values.contiguous(), Index(*index), bias, y, geometry, activation, config)
         return block_conv(last, *arguments)
 
-    found = candidates(x.device, x.element_size(), pixels, tuple(values.shape[1:])).items()
+    found = candidates(x.device, x.element_size(), pixels, tuple(values.shape[1:]))
+    found = worth_timing(found, pixels, values.numel()).items()
     return {name: partial(run, config) for name, config in found if not config.persistent}
 
 
@@ -156,7 +159,8 @@ def _csr_conv(
         check_indices(op, crow, col, cols)
     weight = values.new_zeros(shape[0], cols)
     weight.index_put_((_rows(crow, col), col.long()), values)
-    return activate(conv2d(x, weight.view(shape), bias, *geometry[1:]), activation, op).contiguous()
+    y = conv2d(x, weight.view(shape), bias, *geometry[1:])
+    return finish(y, None, activation, op).contiguous()
 
 
 def _rows(crow, col):
@@ -178,13 +182,22 @@ def _nm_conv(
     state_once(f"{op} is computed with the dense weight: {_POINTWISE}")
     channels, taps = x.shape[1] // groups, kernel_size[0] * kernel_size[1]
     if plan is None or plan.numel() == 0:
-        weight = nm_conv._dense_weight(op, values, index, x.shape[1], n, m, kernel_size, groups)
-    else:
-        column = slot_channels(index, channels, n, m, taps) * taps
-        column = (column + torch.arange(taps, device=x.device)[:, None]).flatten(1)
-        weight = values.new_zeros(values.shape[0], channels * taps).scatter_(1, column, values)
-        weight = weight.view(-1, channels, *kernel_size)
-    return activate(conv2d(x, weight, bias, *geometry[1:]), activation, op).contiguous()
+        slot_columns(op, index, channels, n, m, taps)  # checks every position
+    weight = _expanded(values, index, channels, n, m, taps)
+    weight = weight.unflatten(1, (*kernel_size, channels)).permute(0, 3, 1, 2)  # channels_last
+    y = conv2d(x, weight, bias, *geometry[1:])
+    return finish(y, None, activation, op).contiguous()
+
+
+def _expanded(values, index, channels, n, m, taps):
+    """The dense weight (rows, taps * channels) of an N:M weight, without a wait."""
+    if not kernel_fault(values.device) and values.dtype in KERNEL_DTYPES:
+        from .nm_expand_triton import nm_expand
+
+        return nm_expand(values.contiguous(), index.contiguous(), channels, n, m, taps)
+    channel = slot_channels(index, channels, n, m, taps)
+    column = (channel + torch.arange(taps, device=index.device)[:, None] * channels).flatten(1)
+    return values.new_zeros(values.shape[0], taps * channels).scatter_(1, column, values)
 
 
 CUDA.impl("block_conv2d", _block_conv)

@@ -15,14 +15,15 @@ BLOCK = 1024
 @triton.jit
 def _expand(
     values, index, dense, channels, slots, row_bytes,
-    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
-    """One row of the dense weight per program on axis 0, BLOCK columns on axis 1."""
+    """One row of the dense weight per program on axis 0, BLOCK columns (tap, channel) on axis 1."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < channels
-    group = column // M
-    position = column % M
+    inside = column < channels * TAPS
+    tap = column // channels
+    group = (column % channels) // M * TAPS + tap
+    position = (column % channels) % M
     total = tl.zeros([BLOCK], values.dtype.element_ty)
     for i in tl.static_range(N):
         slot = group * N + i
@@ -33,7 +34,7 @@ def _expand(
         total = tl.where(code == position, value, total)
     # The compressor of cuSPARSELt takes -0.0 for a weight that is kept.
     total = tl.where(total == 0.0, 0.0, total).to(total.dtype)
-    tl.store(dense + row * channels + column, total, mask=inside)
+    tl.store(dense + row * (channels * TAPS) + column, total, mask=inside)
 
 
 @triton.jit
@@ -52,12 +53,14 @@ def _collect(
     tl.store(values + row * slots + slot, value, mask=inside)
 
 
-def nm_expand(values: torch.Tensor, index: torch.Tensor, channels: int, n: int, m: int):
-    """The dense weight `(rows, channels)` of values `(rows, slots)`; -0.0 becomes 0.0."""
+def nm_expand(
+    values: torch.Tensor, index: torch.Tensor, channels: int, n: int, m: int, taps: int = 1
+):
+    """The dense weight `(rows, taps * channels)` of values `(rows, slots)`; -0.0 becomes 0.0."""
     rows, slots = values.shape
-    dense = values.new_empty(rows, channels)
-    grid = (rows, triton.cdiv(channels, BLOCK))
-    sizes = (channels, slots, index.shape[1], n, m, slot_bits(m), BLOCK)
+    dense = values.new_empty(rows, taps * channels)
+    grid = (rows, triton.cdiv(taps * channels, BLOCK))
+    sizes = (channels, slots, index.shape[1], n, m, slot_bits(m), BLOCK, taps)
     if dense.numel():
         _expand[grid](values, index, dense, *sizes)
     return dense
