@@ -82,13 +82,13 @@ def test_plans_of_other_patterns_are_refused():
 
 
 def test_bitmap_of_a_plan():
-    crow = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
-    col = torch.tensor([0, 31, 32, 1, 33], dtype=torch.int32)
+    crow = torch.tensor([0, 4, 4, 7], dtype=torch.int32)
+    col = torch.tensor([0, 1, 31, 32, 1, 2, 33], dtype=torch.int32)
     plan = csr_decode_pack(crow, col, 34)
-    layout = layout_of(plan, 3, 34, 5)
+    layout = layout_of(plan, 3, 34, 7)
     words = plan[layout.words :][:6].tolist()
-    assert words == [1 - 2**31, 1, 0, 0, 2, 2]
-    assert plan[layout.prefix :].view(torch.int16)[:6].tolist() == [0, 2, 0, 0, 0, 1]
+    assert words == [3 - 2**31, 1, 0, 0, 6, 2]
+    assert plan[layout.prefix :].view(torch.int16)[:6].tolist() == [0, 3, 0, 0, 0, 2]
 
 
 @pytest.mark.parametrize(

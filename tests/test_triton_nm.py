@@ -14,8 +14,9 @@ END = {"HAS_BIAS": True, "ACTIVATION": "gelu", "UPCAST": False}
 
 
 def build(dtype, tokens, cap, n=2, m=4, split=1):
+    packed = dtype == "bf16" and (n, m) == (2, 4)
     constants = {
-        **nm_triton.settings(tokens, {"bf16": 2, "fp32": 4}[dtype], n, m),
+        **nm_triton.settings(tokens, n, m, packed),
         **END,
         "SPLIT": split,
     }

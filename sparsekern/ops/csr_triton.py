@@ -9,6 +9,8 @@ bias (out,), result (tokens, out). Sums in float32 (float64 for float64), in a f
   `narrow` (1 or 2 tokens) gives a lane eight neighbouring values, 16 bytes, and gathers x;
   `wide` (3 to 8, or weights too sparse for a bitmap) gives a lane one value and all tokens of it;
   `bitmap` (3 to 64) spreads values into dense tiles in registers for the tensor cores.
+  As in a dense layer, an infinite or NaN input then also reaches outputs that do not store its
+  weight (0 * inf); in the other kernels it does not.
 - `csr_spmm(x, values, crow, col, bias, activation)`: any number of tokens, any floating dtype.
 - `csr_sddmm(grad, x, crow, col)`: the gradient of the values.
 
@@ -347,8 +349,9 @@ def _bitmap(x, values, crow, plan, layout, bias, activation, split=None):
 
 def bitmap_settings(tokens: int, itemsize: int) -> dict:
     """Tile and warps of the bitmap kernel that keep its values in registers."""
-    wide = {"ROWS": 64, "BYTES": 16 if itemsize == 2 else 8, "num_warps": 4}
-    return {"TOKENS": max(16, triton.next_power_of_2(tokens)), **wide}
+    bytes = 16 if itemsize == 2 and tokens <= 32 else 8
+    tile = {"ROWS": 64, "BYTES": bytes, "TOKENS": max(16, triton.next_power_of_2(tokens))}
+    return {**tile, "num_warps": 4}
 
 
 def csr_spmm(x, values, crow, col, bias=None, activation="none"):

@@ -4,7 +4,9 @@ A decode step is bound by the bytes of the weight: 9/16 of the dense ones for 2:
 kernel reads values and index, spreads each group to its M columns in registers, and multiplies by
 tensor cores, which have nothing else to do there. Sums are cut into parts so that few rows of tiles
 still fill the device. Nothing waits for the device; the call can be captured in a CUDA graph.
-Triton is imported with this module.
+
+As in a dense layer, an infinite or NaN input also reaches outputs that do not store its weight
+(0 * inf). Triton is imported with this module.
 """
 
 import torch
@@ -37,30 +39,34 @@ def _group_tile(
 
 
 @triton.jit
-def _slot(values, at, slot, slots, inside):
-    return tl.load(values + at + slot, mask=inside & (slot < slots), other=0)
+def _spread_pair(pair, code):
+    """Four 16-bit columns (uint64) of two values (the low 32 bits of uint64) and their places."""
+    first = (pair & 0xFFFF) << ((code & 3) * 16)
+    return first | ((pair >> 16) & 0xFFFF) << (((code >> 2) & 3) * 16)
+
+
+@triton.jit
+def _column(group, J: tl.constexpr, DTYPE: tl.constexpr):
+    return (group >> (16 * J)).to(tl.uint16).to(DTYPE, bitcast=True)
 
 
 @triton.jit
 def _two_of_four(values, index, row, byte, inside, slots, row_bytes, BYTES: tl.constexpr):
-    """The dense weights (rows, 8 * BYTES) of bytes of a 2:4 index, two groups each.
+    """The dense weights (rows, 8 * BYTES) of bytes of a 2:4 index, 16-bit values.
 
-    Positions rise, so the first value of a group is never last, and the second never first. A lane
-    builds eight neighbours, which the joins leave where they are.
+    A lane takes a byte: four values in one load, which two 64-bit shifts a group send to their
+    columns. The joins leave the eight neighbours where they are.
     """
+    DTYPE: tl.constexpr = values.dtype.element_ty
     code = tl.load(index + (row * row_bytes)[:, None] + byte[None, :], mask=inside, other=0)
-    code = code.to(tl.int32)
-    at, slot = (row * slots)[:, None], (byte * 4)[None, :]
-    v0, v1 = _slot(values, at, slot, slots, inside), _slot(values, at, slot + 1, slots, inside)
-    v2, v3 = _slot(values, at, slot + 2, slots, inside), _slot(values, at, slot + 3, slots, inside)
-    p0, p1, p2, p3 = code & 3, (code >> 2) & 3, (code >> 4) & 3, code >> 6
-    zero = tl.zeros(v0.shape, v0.dtype)
-    c0, c3 = tl.where(p0 == 0, v0, zero), tl.where(p1 == 3, v1, zero)
-    c1 = tl.where(p0 == 1, v0, tl.where(p1 == 1, v1, zero))
-    c2 = tl.where(p0 == 2, v0, tl.where(p1 == 2, v1, zero))
-    c4, c7 = tl.where(p2 == 0, v2, zero), tl.where(p3 == 3, v3, zero)
-    c5 = tl.where(p2 == 1, v2, tl.where(p3 == 1, v3, zero))
-    c6 = tl.where(p2 == 2, v2, tl.where(p3 == 2, v3, zero))
+    code = code.to(tl.uint64)
+    fours = values.to(tl.pointer_type(tl.uint64)) + (row * (slots // 4))[:, None] + byte[None, :]
+    four = tl.load(fours, mask=inside, other=0)
+    low, high = _spread_pair(four, code), _spread_pair(four >> 32, code >> 4)
+    c0, c1 = _column(low, 0, DTYPE), _column(low, 1, DTYPE)
+    c2, c3 = _column(low, 2, DTYPE), _column(low, 3, DTYPE)
+    c4, c5 = _column(high, 0, DTYPE), _column(high, 1, DTYPE)
+    c6, c7 = _column(high, 2, DTYPE), _column(high, 3, DTYPE)
     even = tl.join(tl.join(c0, c4), tl.join(c2, c6))  # the innermost join varies slowest
     odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
     return tl.reshape(tl.join(even, odd), (row.shape[0], 8 * BYTES))
@@ -70,8 +76,8 @@ def _two_of_four(values, index, row, byte, inside, slots, row_bytes, BYTES: tl.c
 def decode_kernel(
     x, values, index, bias, y, rows, cols, tokens, slots, row_bytes, steps,
     N: tl.constexpr, M: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr,
+    PACKED: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr,
+    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of the weight times all tokens, GROUPS groups of M columns a step."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -81,7 +87,7 @@ def decode_kernel(
     total = tl.zeros((ROWS, TOKENS), tl.float32)
     for step in range(part * share, tl.minimum(part * share + share, steps)):
         wide_row = row.to(tl.int64)
-        if N == 2 and M == 4:
+        if PACKED:
             byte = step * (GROUPS // 2) + tl.arange(0, GROUPS // 2)
             inside = (row < rows)[:, None] & (byte < row_bytes)[None, :]
             weight = _two_of_four(
@@ -138,21 +144,28 @@ def nm_decode(x, values, index, shape, bias=None, activation="none", split=None)
     if 0 in (x.shape[0], rows):
         return x.new_empty((x.shape[0], rows))
     x, values, index = x.contiguous(), values.contiguous(), index.contiguous()
-    chosen = settings(x.shape[0], x.element_size(), n, m)
+    packed = (n, m) == (2, 4) and x.element_size() == 2 and slots % 4 == 0
+    packed = packed and values.data_ptr() % 8 == 0
+    chosen = settings(x.shape[0], n, m, packed)
     tiles = triton.cdiv(rows, chosen["ROWS"])
     steps = triton.cdiv(triton.cdiv(cols, m), chosen["GROUPS"])
     split = split or split_for(tiles, steps, x.device)
 
     def arguments(y):
         sizes = (rows, cols, x.shape[0], slots, index.shape[1], steps)
-        return (x, values, index, bias, y, *sizes), {**chosen, "UPCAST": INTERPRET}
+        return (x, values, index, bias, y, *sizes), {
+            **chosen,
+            "PACKED": packed,
+            "UPCAST": INTERPRET,
+        }
 
     return run_split(decode_kernel, tiles, split, x, rows, bias, activation, arguments)
 
 
-def settings(tokens: int, itemsize: int, n: int, m: int) -> dict:
+def settings(tokens: int, n: int, m: int, packed: bool) -> dict:
     """Constants and warps of the kernel that keep its values in registers."""
     wide = triton.next_power_of_2(m)
-    depth = 128 if (n, m) == (2, 4) and itemsize == 2 else 32
+    depth = 32 if not packed else 128 if tokens <= 32 else 64
     tile = {"ROWS": 64, "GROUPS": depth // wide, "TOKENS": max(16, triton.next_power_of_2(tokens))}
-    return {"N": n, "M": m, "WIDE": wide, "BITS": slot_bits(m), **tile, "num_warps": 4}
+    pattern = {"N": n, "M": m, "WIDE": wide, "BITS": slot_bits(m), "PACKED": packed}
+    return {**pattern, **tile, "num_warps": 4}

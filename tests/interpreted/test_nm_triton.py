@@ -33,9 +33,15 @@ def expect(got, x, dense, bias=None, activation="none"):
 @pytest.mark.parametrize("tokens", [1, 7, 17, 64])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_2_of_4(tokens, dtype):
-    values, index, dense = parts(70, 300, 2, 4, dtype)
-    x, bias = torch.randn(tokens, 300).to(dtype), torch.randn(70).to(dtype)
-    expect(nm_decode(x, values, index, (70, 300, 2, 4), bias), x, dense, bias)
+    values, index, dense = parts(70, 304, 2, 4, dtype)
+    x, bias = torch.randn(tokens, 304).to(dtype), torch.randn(70).to(dtype)
+    expect(nm_decode(x, values, index, (70, 304, 2, 4), bias), x, dense, bias)
+
+
+def test_2_of_4_with_half_a_byte_at_the_end():
+    values, index, dense = parts(5, 68, 2, 4, torch.float16)
+    x = torch.randn(3, 68).half()
+    expect(nm_decode(x, values, index, (5, 68, 2, 4)), x, dense)
 
 
 @pytest.mark.parametrize("n, m", [(1, 2), (1, 4), (3, 4), (2, 3), (4, 8), (2, 7), (7, 16)])
