@@ -17,7 +17,7 @@ import cases
 from gpu import __main__ as whole
 from gpu import build, checks, clocks, machine, sides, suites, sweep, table
 from gpu.journal import Journal
-from gpu.pytest_journal import context_error
+from gpu.machine import context_error
 from gpu.supervise import supervise
 
 from sparsekern.measure.energy import load_nvml
@@ -89,11 +89,12 @@ for key in ("one", "dies", "two", "hangs", "three"):
 """
 
 
-def watched(tmp_path, code, seconds=60.0, stall_s=4.0):
+def watched(tmp_path, code, seconds=60.0, stall_s=4.0, **options):
     journal = Journal(tmp_path / "j.jsonl")
     command = [sys.executable, "-c", code, str(journal.path)]
     environment = {**os.environ, "PYTHONPATH": PATHS}
-    outcome = supervise(command, journal, {"type": "point"}, seconds, stall_s, env=environment)
+    kind = {"type": "point"}
+    outcome = supervise(command, journal, kind, seconds, stall_s, env=environment, **options)
     return outcome, {r["key"]: r for r in journal.records()}
 
 
@@ -129,6 +130,12 @@ def test_a_process_that_never_gets_anywhere_is_not_started_again(tmp_path):
     outcome, records = watched(tmp_path, "raise SystemExit('no module named x')")
     assert "no module named x" in outcome.trouble and "exit code 1" in outcome.trouble
     assert records == {}
+
+
+def test_a_broken_harness_blames_no_work(tmp_path):
+    code = "import sys; open(sys.argv[1] + '.begun', 'w').write('k\\n'); sys.exit(3)"
+    outcome, records = watched(tmp_path, code, hopeless=(3,))
+    assert "exit code 3" in outcome.trouble and records == {} and outcome.lost == []
 
 
 def test_time_that_is_up_leaves_work_for_the_next_run(tmp_path):
@@ -175,7 +182,13 @@ def test_every_test_is_recorded_whatever_happens_to_its_process(tmp_path, monkey
     journal = Journal(tmp_path / "j.jsonl")
     outcome = checks.run(journal, 120.0)
     assert not outcome.trouble and not outcome.lost, outcome
-    got = {re.split("::|/| ", r["key"])[-1]: r for r in journal.records()}
+    records = journal.records()
+    got = {re.split("::|/| ", r["key"])[-1]: r for r in records if "key" in r}
+    said = table.report(records, [])
+    assert "tests: 2 passed, 2 failed, 1 not collected, 1 skipped" in said
+    assert "skipped 1 tests: " in said and "no second GPU" in said and "not reached" not in said
+    some = [r for r in records if "test_behind" not in r.get("key", "")]
+    assert "1 not reached in time" in table.report(some, [])
     assert {name: r["outcome"] for name, r in got.items()} == {
         "test_package.py": "not collected", "test_good": "passed", "test_bad": "failed",
         "test_skipped": "skipped", "test_lost": "failed", "test_behind": "passed",

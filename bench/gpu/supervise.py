@@ -41,6 +41,7 @@ def supervise(
     seconds: float,
     stall_s: float,
     normal: Sequence[int] = (0,),
+    hopeless: Sequence[int] = (),
     env: dict[str, str] | None = None,
 ) -> Outcome:
     """Run a command that does work by a journal until it has ended normally.
@@ -52,6 +53,7 @@ def supervise(
         seconds: For all its starts together; then it is killed.
         stall_s: A process that neither begins nor finishes work for so long hangs, and is killed.
         normal: Exit codes of a process that has done what it could.
+        hopeless: Exit codes of a process that is itself broken: no work is to blame.
         env: Its environment.
 
     Returns:
@@ -74,6 +76,10 @@ def supervise(
             break
         if code in normal:
             journal.forget_lost()
+            break
+        if code in hopeless and not why:
+            journal.forget_lost()
+            outcome.trouble = f"{command[:4]} ended with {_name(code)}: {output[-TAIL:]}"
             break
         reason = "it hung" if why == "stall" else f"its process ended with {_name(code)}"
         lost = journal.close_lost(**kind, failed=f"{reason}: {_last_line(output)}")
