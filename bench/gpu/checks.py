@@ -13,6 +13,7 @@ from gpu.supervise import Outcome, supervise
 ROOT = Path(__file__).parents[2]
 OPTIONS = ("--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"))
 STALL_S = 90.0  # a first launch compiles and tunes; no single test takes longer
+HOPELESS = (2, 3, 4)  # interrupted, an error inside pytest or our plugin, a bad command line
 NORMAL = (0, 1, 5)  # of pytest: passed, failed or not collected, nothing left to do
 
 
@@ -38,4 +39,4 @@ def run(journal: Journal, seconds: float) -> Outcome:
         *files(),
     ]
     return supervise(command, journal, {"type": "test", "outcome": "died"}, seconds, STALL_S,
-                     NORMAL, environment)  # fmt: skip
+                     NORMAL, HOPELESS, environment)  # fmt: skip

@@ -44,9 +44,10 @@ def sampler(calls: Sequence[Call], device: torch.device, graph: bool = True):
         return _events(_in_turn(calls), device), "events"
     try:
         return captured(calls, device), "graph"
-    except RuntimeError as error:  # a synchronisation or an allocation that a graph cannot hold
+    except Exception as error:  # a synchronisation or an allocation that a graph cannot hold
         torch.cuda.synchronize(device)
-        return _events(_in_turn(calls), device), f"events: {str(error).splitlines()[0]}"
+        why = str(error).splitlines()[0] if str(error) else repr(error)
+        return _events(_in_turn(calls), device), f"events: {why}"
 
 
 def _in_turn(calls: Sequence[Call]) -> Call:

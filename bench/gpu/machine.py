@@ -13,6 +13,7 @@ from sparsekern.measure import hardware
 from sparsekern.measure.energy import load_nvml
 from sparsekern.measure.nvml import MEMORY_CLOCK, SM_CLOCK
 
+LOST = 86  # exit code of a process whose GPU context is gone
 ROOT = Path(__file__).parents[2]
 SOURCES = ("csrc", "sparsekern", "bench/gpu", "tests")
 PACKAGES = (
@@ -110,3 +111,14 @@ def fingerprint() -> str:
             if path.suffix in (".py", ".cpp", ".cu", ".h", ".inl", ".cuh"):
                 total.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return total.hexdigest()[:12]
+
+
+def context_error() -> str:
+    """What CUDA says to a synchronisation, an empty string while all is well."""
+    if not torch.cuda.is_initialized():
+        return ""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""

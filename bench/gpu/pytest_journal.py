@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import torch
+import pytest
 
 from gpu.journal import Journal
+from gpu.machine import LOST, context_error
 
-LOST = 86  # exit code of a process whose GPU context is gone
 HEAD_LINES = 12
 
 
@@ -25,9 +25,11 @@ class Recorder:
         self.journal = journal
         self.reports = []
 
+    @pytest.hookimpl(trylast=True)  # after the choice by marks
     def pytest_collection_modifyitems(self, config, items):
         """Leave out what an earlier process has done."""
         done = self.journal.done()
+        self.journal.note(type="collected", tests=[key_of(item.nodeid) for item in items])
         skipped = [item for item in items if key_of(item.nodeid) in done]
         items[:] = [item for item in items if key_of(item.nodeid) not in done]
         config.hook.pytest_deselected(items=skipped)
@@ -78,17 +80,6 @@ def summary(reports) -> tuple[str, str]:
         if report.skipped:
             return "skipped", str(report.longrepr[-1] if report.longrepr else "")
     return "passed", ""
-
-
-def context_error() -> str:
-    """What CUDA says to a synchronisation, an empty string while all is well."""
-    if not torch.cuda.is_initialized():
-        return ""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
-    return ""
 
 
 def pytest_configure(config):

@@ -41,6 +41,7 @@ def supervise(
     seconds: float,
     stall_s: float,
     normal: Sequence[int] = (0,),
+    hopeless: Sequence[int] = (),
     env: dict[str, str] | None = None,
 ) -> Outcome:
     """Run a command that does work by a journal until it has ended normally.
@@ -52,6 +53,7 @@ def supervise(
         seconds: For all its starts together; then it is killed.
         stall_s: A process that neither begins nor finishes work for so long hangs, and is killed.
         normal: Exit codes of a process that has done what it could.
+        hopeless: Exit codes of a process that is itself broken: no work is to blame.
         env: Its environment.
 
     Returns:
@@ -75,6 +77,10 @@ def supervise(
         if code in normal:
             journal.forget_lost()
             break
+        if code in hopeless and not why:
+            journal.forget_lost()
+            outcome.trouble = f"{command[:4]} ended with {_name(code)}: {output[-TAIL:]}"
+            break
         reason = "it hung" if why == "stall" else f"its process ended with {_name(code)}"
         lost = journal.close_lost(**kind, failed=f"{reason}: {_last_line(output)}")
         outcome.lost += lost
@@ -88,23 +94,34 @@ def supervise(
 def _once(command, journal: Journal, seconds: float, stall_s: float, env):
     """One start: exit code, why it was killed (`time`, `stall` or nothing), and its output."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
+        # A group of its own, to end it with the compilers it has started.
         process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
+            command, stdout=log, stderr=subprocess.STDOUT, env=env, preexec_fn=os.setpgrp
         )
-        why, end = "", time.monotonic() + seconds
-        seen, moved = None, time.monotonic()
-        while process.poll() is None:
-            time.sleep(POLL_S)
-            now = time.monotonic()
-            state = [p.stat().st_size for p in (journal.begun, journal.path) if p.exists()]
-            if state != seen:
-                seen, moved = state, now
-            if now > end or now - moved > stall_s:
-                why = "time" if now > end else "stall"
-                os.killpg(process.pid, signal.SIGKILL)  # with the compilers it has started
+        try:
+            why = _watch(process, journal, time.monotonic() + seconds, stall_s)
+        finally:  # when time is up, and when this process is interrupted
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait(KILL_S)
         log.seek(0)
         return process.returncode, why, log.read()
+
+
+def _watch(process, journal: Journal, end: float, stall_s: float) -> str:
+    """Wait for a process; why it must be ended, or an empty string if it has ended by itself."""
+    seen, moved = None, time.monotonic()
+    while process.poll() is None:
+        time.sleep(POLL_S)
+        now = time.monotonic()
+        state = [p.stat().st_size for p in (journal.begun, journal.path) if p.exists()]
+        if state != seen:
+            seen, moved = state, now
+        if now > end:
+            return "time"
+        if now - moved > stall_s:
+            return "stall"
+    return ""
 
 
 def _name(code: int) -> str:

@@ -21,7 +21,7 @@ from baselines import first_line
 import sparsekern as sk
 from gpu import clocks, machine, sides
 from gpu.journal import Journal
-from gpu.pytest_journal import LOST, context_error
+from gpu.machine import LOST, context_error
 from gpu.suites import SUITES, Work
 from sparsekern.measure import speedup
 from sparsekern.measure.energy import find_meter, measure_energy
@@ -71,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
 def release() -> None:
     """Give memory back before the next point."""
     gc.collect()
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 

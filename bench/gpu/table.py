@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from statistics import geometric_mean
 
 from gpu.suites import SUITES
@@ -19,8 +20,6 @@ def report(records: list[dict], suites: list[str]) -> str:
             lines.append(
                 f"FAILED {record.get('key', record.get('type'))}: {_cut(record['failed'])}"
             )
-        elif record.get("outcome") == "skipped":
-            lines.append(f"skipped {record['key']}: {_cut(record.get('reason', ''))}")
     points = [r for r in records if r.get("type") == "point"]
     measured = [p for p in points if "speedup" in p]
     lines += ["", *_aligned([HEAD, *(_row(p) for p in measured)])] if measured else []
@@ -28,6 +27,8 @@ def report(records: list[dict], suites: list[str]) -> str:
     if tests:
         kinds = ("passed", "failed", "died", "not collected", "skipped")
         counts = {kind: sum(t["outcome"] == kind for t in tests) for kind in kinds}
+        counts["not reached in time"] = len(_unreached(records))
+        lines += _skipped(tests)
         lines.append("tests: " + ", ".join(f"{n} {kind}" for kind, n in counts.items() if n))
     lines += [_of_suite(name, points) for name in suites]
     return "\n".join(lines)
@@ -59,6 +60,18 @@ def _row(p: dict) -> tuple[str, ...]:
         f"{peer['median']:.2f}" if peer else "",
         " ".join(dict.fromkeys(p.get("ways", {}).values())),
     )  # fmt: skip
+
+
+def _skipped(tests: list[dict]) -> list[str]:
+    """Reasons why tests were skipped, with how many."""
+    reasons = Counter(_cut(t.get("reason", "")) for t in tests if t["outcome"] == "skipped")
+    return [f"skipped {n} tests: {reason}" for reason, n in reasons.items()]
+
+
+def _unreached(records: list[dict]) -> set[str]:
+    """Tests that were collected last and that no process came to."""
+    collected = [r["tests"] for r in records if r.get("type") == "collected"]
+    return set(collected[-1] if collected else ()) - {r.get("key") for r in records}
 
 
 def met(p: dict) -> bool:
