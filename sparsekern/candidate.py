@@ -14,6 +14,7 @@ from .conversion import LayerReport
 from .fuse import FusedActivation
 from .measure.structure import forward_call
 from .measure.timer import interleaved, speedup
+from .patterns import Unstructured, detect
 from .sites import Site
 
 
@@ -36,6 +37,21 @@ class Candidate:
     error: float | None = None
     take: bool = False
     reason: str = ""
+
+    def count_zeros(self, training: bool) -> None:
+        """Set `mask` and `sparsity`.
+
+        A Pruner's mask counts where it tells more than the zeros: what to train, or a pattern.
+        """
+        first = self.sites[0]
+        if "weight" not in first.module._parameters or first.module.weight.is_meta:
+            return
+        masks = (site.mask for site in self.sites)
+        mask = next((found for found in masks if found is not None), None)
+        if mask is not None and (training or detect(mask) != Unstructured()):
+            self.mask = mask
+        kept = first.weight != 0 if self.mask is None else self.mask
+        self.sparsity = float((~kept).float().mean()) if kept.numel() else 0
 
 
 def swap(model: nn.Module, taken: list[Candidate]) -> nn.Module:

@@ -25,7 +25,7 @@ from .fuse import (
 from .measure.structure import check_inputs, forward_call
 from .measure.timer import synchronize
 from .nn import SparseConv2d, SparseLinear
-from .patterns import Unstructured, detect
+from .patterns import detect
 from .pool import ChannelsLastMaxPool2d, faster_pools
 from .progress import track
 from .sites import find_sites, group_tied
@@ -233,7 +233,7 @@ def _decide(job: _Job, candidate: Candidate) -> None:
     """Fill in what the candidate's layers gain, and whether to take them."""
     site = candidate.sites[0]
     obstacle = next((s.obstacle for s in candidate.sites if s.obstacle), "")
-    _count_zeros(job, candidate)
+    candidate.count_zeros(job.mode == "training")
     if obstacle:
         candidate.reason = obstacle
         return
@@ -273,23 +273,6 @@ def _decide(job: _Job, candidate: Candidate) -> None:
     candidate.take = gain >= job.min_gain
     gained = f"{'faster' if candidate.take else 'not faster'}: {gain:.2f}x"
     candidate.reason = "; ".join([gained, *refused])
-
-
-def _count_zeros(job: _Job, candidate: Candidate) -> None:
-    site = candidate.sites[0]
-    if "weight" in site.module._parameters and not site.module.weight.is_meta:
-        candidate.mask = _mask_to_store(job, candidate)
-        kept = site.weight != 0 if candidate.mask is None else candidate.mask
-        candidate.sparsity = float((~kept).float().mean()) if kept.numel() else 0
-
-
-def _mask_to_store(job: _Job, candidate: Candidate) -> Tensor | None:
-    """Give a Pruner's mask where it tells more than the zeros: what to train, or a pattern."""
-    masks = (site.mask for site in candidate.sites)
-    mask = next((found for found in masks if found is not None), None)
-    if mask is None or job.mode == "training":
-        return mask
-    return None if detect(mask) == Unstructured() else mask
 
 
 def _try_format(job: _Job, candidate: Candidate, name: str) -> str:
