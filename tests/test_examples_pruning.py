@@ -17,17 +17,18 @@ TINY = ["--train", "60", "--batch", "20", "--epochs", "2", "--tune", "1", "--sco
 @pytest.fixture(autouse=True)
 def scripts(monkeypatch, tmp_path):
     """The scripts are importable, and forgotten again: others have files of the same names."""
-    before, path = set(sys.modules), list(sys.path)
+    names = [path.stem for path in FOLDER.glob("*.py")]
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    path, threads = list(sys.path), torch.get_num_threads()
     monkeypatch.syspath_prepend(str(FOLDER))
     write_files(tmp_path / "data", counts=(60, 40))
     monkeypatch.setenv("FASHION_MNIST", str(tmp_path / "data"))
-    threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
     sys.path[:] = path
-    for name in set(sys.modules) - before:
-        if str(FOLDER.parent) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 def execute(experiment, out: Path, *arguments: str):
