@@ -186,7 +186,9 @@ def _keep_zeros(side: Side) -> sk.Pruner | None:
 def accuracy(side: Side, images: Tensor, labels: Tensor, batch: int = 500) -> float:
     """Percent of images whose class the network finds."""
     right = 0
+    side.model.eval()
     for x, y in zip(images.split(batch), labels.split(batch), strict=True):
         x = x.contiguous(memory_format=torch.channels_last) if side.last else x
         right += int((side.model(x).argmax(1) == y).sum())
+    side.model.train()
     return 100 * right / len(labels)
