@@ -12,16 +12,7 @@ from torch import Tensor, nn
 from .candidate import Candidate, eval_mode, swap, swap_back, time_model
 from .conversion import REPORT, ConversionReport, LayerReport, report
 from .device import cold_bytes, runnable
-from .fuse import (
-    FUSABLE,
-    TRAINABLE,
-    Activations,
-    Folds,
-    Misread,
-    check_agreement,
-    run_once,
-    undisturbed,
-)
+from .fuse import FUSABLE, TRAINABLE, Activations, Folds, Misread, check_agreement, run_once
 from .measure.structure import check_inputs, forward_call
 from .measure.timer import synchronize
 from .nn import SparseConv2d, SparseLinear
@@ -211,9 +202,8 @@ def _decide_all(job: _Job, candidates: list[Candidate], progress: bool | None) -
     job.specs = _record_inputs(job, candidates)
     able = {s.module for c in candidates for s in c.sites if not s.obstacle}
     if job.fuse:
-        with undisturbed(job.model):
-            kinds = FUSABLE if job.mode == "inference" else TRAINABLE
-            job.activations = Activations(job.model, job.inputs, able, kinds)
+        kinds = FUSABLE if job.mode == "inference" else TRAINABLE
+        job.activations = Activations(job.model, job.inputs, able, kinds)
         job.planned = job.activations.of_layers(able)
     for candidate in track(candidates, "timing layers", progress):
         _decide(job, candidate)
@@ -372,15 +362,12 @@ def _agreement(job: _Job, converted: nn.Module, taken) -> float | None:
     """How far the outputs are from those of the model as it came; Misread if it is no rounding."""
     swap_back(job.model, taken)
     job.folds.undo()
-    with undisturbed(job.model):
-        want = run_once(job.model, job.inputs)
+    want = run_once(job.model, job.inputs)
     job.folds.apply()
     swap(job.model, taken)
     dtype = taken[0].sites[0].module.weight.dtype
     try:
-        with undisturbed(job.model):
-            got = run_once(converted, job.inputs)
-        return check_agreement(want, got, dtype)
+        return check_agreement(want, run_once(converted, job.inputs), dtype)
     except Exception as error:
         raise Misread(str(error)) from error
 
