@@ -207,9 +207,8 @@ def _decide_all(job: _Job, candidates: list[Candidate], progress: bool | None) -
     job.specs = _record_inputs(job, candidates)
     able = {s.module for c in candidates for s in c.sites if not s.obstacle}
     if job.fuse:
-        with undisturbed(job.model):
-            kinds = FUSABLE if job.mode == "inference" else TRAINABLE
-            job.activations = Activations(job.model, job.inputs, able, kinds)
+        kinds = FUSABLE if job.mode == "inference" else TRAINABLE
+        job.activations = Activations(job.model, job.inputs, able, kinds)
         job.planned = job.activations.of_layers(able)
     for candidate in track(candidates, "timing layers", progress):
         _decide(job, candidate)
@@ -358,15 +357,12 @@ def _agreement(job: _Job, converted: nn.Module, taken) -> float | None:
     """How far the outputs are from those of the model as it came; Misread if it is no rounding."""
     swap_back(job.model, taken)
     job.folds.undo()
-    with undisturbed(job.model):
-        want = run_once(job.model, job.inputs)
+    want = run_once(job.model, job.inputs)
     job.folds.apply()
     swap(job.model, taken)
     dtype = taken[0].sites[0].module.weight.dtype
     try:
-        with undisturbed(job.model):
-            got = run_once(converted, job.inputs)
-        return check_agreement(want, got, dtype)
+        return check_agreement(want, run_once(converted, job.inputs), dtype)
     except Exception as error:
         raise Misread(str(error)) from error
 

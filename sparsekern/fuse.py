@@ -164,7 +164,7 @@ class Activations:
         sources = slots(model, lambda m: m in layers)
         readers = slots(model, _is_stateless)
         if sources and readers:
-            with _observing():
+            with _observing(), undisturbed(model):
                 self.links = trace(model, inputs, sources, readers)
         found = {
             slot: kind_of_activation(slot.module, seen[0].module.weight.dtype)
@@ -254,7 +254,9 @@ def check_agreement(want, got, dtype: torch.dtype) -> float | None:
 @contextmanager
 def undisturbed(model: nn.Module):
     """Buffers (batch statistics of a model in training mode) and random numbers come back."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    training = (m for m in model.modules() if m.training)
+    buffers = [b for m in training for b in m.buffers(recurse=False)]
+    before = [(b, b.clone()) for b in buffers if not b.is_meta and not b.is_inference()]
     try:
         with torch.random.fork_rng(devices=[]):
             yield
@@ -266,6 +268,6 @@ def undisturbed(model: nn.Module):
 
 def run_once(model: nn.Module, inputs):
     """Outputs of a run; random numbers it draws are the same each time, and given back."""
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+    with undisturbed(model), torch.inference_mode():
         torch.manual_seed(0)
         return forward_call(model, inputs)()
