@@ -20,7 +20,6 @@ from .fuse import (
     Misread,
     check_agreement,
     run_once,
-    undisturbed,
 )
 from .measure.structure import check_inputs, forward_call
 from .measure.timer import synchronize

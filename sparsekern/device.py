@@ -80,7 +80,7 @@ def _nm_faults(device) -> list[str]:
 def _block_faults(device) -> list[str]:
     from .ops import block_cuda
 
-    return [block_cuda.device_misfit(device)]
+    return [block_cuda.kernel_fault(device)]
 
 
 def cold_bytes(model: nn.Module, device: torch.device) -> int:

@@ -71,11 +71,9 @@ def test_a_format_without_any_way_says_why(gpu, monkeypatch):
 def test_faults_come_from_the_ops(name, monkeypatch):
     """An old card has neither libraries nor kernels; the ops say it in their own words."""
     monkeypatch.setattr(device, "facts_of", lambda where: Device("K80", (3, 7)))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (3, 7))
-    block_cuda.device_misfit.cache_clear()
+    monkeypatch.setattr(block_cuda, "device_facts", lambda index: Device("K80", (3, 7)))
     said = device.format_fault(name, "Linear", torch.device("cuda", 7))
     assert said.startswith(f"{name}_linear: ") and "3.7" in said
-    block_cuda.device_misfit.cache_clear()
 
 
 def test_a_layer_whose_formats_have_no_kernel_stays_dense(monkeypatch):
@@ -182,6 +180,6 @@ def test_without_inputs_nothing_becomes_sparse_on_a_gpu():
     module = SimpleNamespace(weight=on("cuda:0"), _parameters={})
     site = SimpleNamespace(module=module, obstacle="", weight=torch.eye(8), kind="Linear")
     candidate = Candidate([site], sparsity=0.9)
-    convert._decide(SimpleNamespace(specs=None), candidate)
+    convert._decide(SimpleNamespace(specs=None, mode="inference"), candidate)
     assert not candidate.take
     assert candidate.reason == "not timed: pass example_inputs, no threshold is known for cuda:0"
