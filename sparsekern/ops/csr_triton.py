@@ -4,18 +4,15 @@ What `csr_cuda.py` calls; all tensors on one device, indices and plans as `csr_d
 `check_indices` leave them. Shapes: x (tokens, in), values (nnz,), crow (out + 1,), col (nnz,),
 bias (out,), result (tokens, out). Sums in float32 (float64 for float64), in a fixed order.
 
-- `csr_decode_pack(crow, col, cols)`: the plan of a pattern, made once.
-- `csr_decode(x, values, crow, col, plan, bias, activation)`: at most 64 tokens; three kernels:
-  `narrow` (1 or 2 tokens) gives a lane eight neighbouring values, 16 bytes, and gathers x;
-  `wide` (3 to 8, or weights too sparse for a bitmap) gives a lane one value and all tokens of it;
-  `bitmap` (3 to 64) spreads values into dense tiles in registers for the tensor cores.
+`csr_decode`, for at most 64 tokens, has three kernels:
+- `narrow` (1 or 2 tokens) gives a lane eight neighbouring values, 16 bytes, and gathers x;
+- `wide` (3 to 8, or weights too sparse for a bitmap) gives a lane one value and all tokens of it;
+- `bitmap` (3 to 64) spreads values into dense tiles in registers for the tensor cores.
   As in a dense layer, an infinite or NaN input then also reaches outputs that do not store its
   weight (0 * inf); in the other kernels it does not.
-- `csr_spmm(x, values, crow, col, bias, activation)`: any number of tokens, any floating dtype.
-- `csr_sddmm(grad, x, crow, col)`: the gradient of the values.
 
-Nothing here but the packing waits for the device; outputs and scratch come from torch's allocator,
-so all of it can be captured in a CUDA graph. Triton is imported with this module.
+Nothing but the packing waits for the device, and all memory comes from torch's allocator: it can be
+captured in a CUDA graph.
 """
 
 import torch
