@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .csr_decode_plan import csr_decode_pack, layout_of
+from .csr_decode_plan import layout_of
 from .decode_triton import (
     INTERPRET,
     activate,
@@ -29,9 +29,8 @@ from .decode_triton import (
     run_split,
     split_for,
     store_tile,
+    sum_type,
 )
-
-__all__ = ["csr_decode", "csr_decode_pack", "csr_sddmm", "csr_spmm"]
 
 MAX_TOKENS = 64
 # From 3 tokens on the bitmap kernel wins where its bytes and its work per dense weight are fewer
@@ -366,7 +365,7 @@ def csr_spmm(x, values, crow, col, bias=None, activation="none"):
     with on_device(x):
         spmm_kernel[(rows, triton.cdiv(x.shape[0], block))](
             x.t().contiguous(), values, crow, col, bias, y, rows, x.shape[0],
-            TOKENS=block, ITEMS=max(8, 256 // block), SUM=_sum_type(x),
+            TOKENS=block, ITEMS=max(8, 256 // block), SUM=sum_type(x),
             HAS_BIAS=bias is not None, ACTIVATION=activation, num_warps=1,
         )  # fmt: skip
     return y
@@ -394,11 +393,7 @@ def csr_sddmm(grad, x, crow, col):
     with on_device(x):
         sddmm_kernel[(rows,)](
             grad.t().contiguous(), x.t().contiguous(), crow, col, values, tokens,
-            TOKENS=min(128, triton.next_power_of_2(tokens)), ITEMS=8, SUM=_sum_type(x),
+            TOKENS=min(128, triton.next_power_of_2(tokens)), ITEMS=8, SUM=sum_type(x),
             num_warps=1,
         )  # fmt: skip
     return values
-
-
-def _sum_type(x: torch.Tensor):
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
