@@ -4,25 +4,22 @@ What `csr_cuda.py` calls; all tensors on one device, indices and plans as `csr_d
 `check_indices` leave them. Shapes: x (tokens, in), values (nnz,), crow (out + 1,), col (nnz,),
 bias (out,), result (tokens, out). Sums in float32 (float64 for float64), in a fixed order.
 
-- `csr_decode_pack(crow, col, cols)`: the plan of a pattern, made once.
-- `csr_decode(x, values, crow, col, plan, bias, activation)`: at most 64 tokens; three kernels:
-  `narrow` (1 or 2 tokens) gives a lane eight neighbouring values, 16 bytes, and gathers x;
-  `wide` (3 to 8, or weights too sparse for a bitmap) gives a lane one value and all tokens of it;
-  `bitmap` (3 to 64) spreads values into dense tiles in registers for the tensor cores.
+`csr_decode`, for at most 64 tokens, has three kernels:
+- `narrow` (1 or 2 tokens) gives a lane eight neighbouring values, 16 bytes, and gathers x;
+- `wide` (3 to 8, or weights too sparse for a bitmap) gives a lane one value and all tokens of it;
+- `bitmap` (3 to 64) spreads values into dense tiles in registers for the tensor cores.
   As in a dense layer, an infinite or NaN input then also reaches outputs that do not store its
   weight (0 * inf); in the other kernels it does not.
-- `csr_spmm(x, values, crow, col, bias, activation)`: any number of tokens, any floating dtype.
-- `csr_sddmm(grad, x, crow, col)`: the gradient of the values.
 
-Nothing here but the packing waits for the device; outputs and scratch come from torch's allocator,
-so all of it can be captured in a CUDA graph. Triton is imported with this module.
+Nothing but the packing waits for the device, and all memory comes from torch's allocator: it can be
+captured in a CUDA graph.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .csr_decode_plan import csr_decode_pack, layout_of
+from .csr_decode_plan import layout_of
 from .decode_triton import (
     INTERPRET,
     activate,
@@ -32,9 +29,8 @@ from .decode_triton import (
     run_split,
     split_for,
     store_tile,
+    sum_type,
 )
-
-__all__ = ["csr_decode", "csr_decode_pack", "csr_sddmm", "csr_spmm"]
 
 MAX_TOKENS = 64
 # From 3 tokens on the bitmap kernel wins where its bytes and its work per dense weight are fewer
@@ -369,7 +365,7 @@ def csr_spmm(x, values, crow, col, bias=None, activation="none"):
     with on_device(x):
         spmm_kernel[(rows, triton.cdiv(x.shape[0], block))](
             x.t().contiguous(), values, crow, col, bias, y, rows, x.shape[0],
-            TOKENS=block, ITEMS=max(8, 256 // block), SUM=_sum_type(x),
+            TOKENS=block, ITEMS=max(8, 256 // block), SUM=sum_type(x),
             HAS_BIAS=bias is not None, ACTIVATION=activation, num_warps=1,
         )  # fmt: skip
     return y
@@ -397,11 +393,7 @@ def csr_sddmm(grad, x, crow, col):
     with on_device(x):
         sddmm_kernel[(rows,)](
             grad.t().contiguous(), x.t().contiguous(), crow, col, values, tokens,
-            TOKENS=min(128, triton.next_power_of_2(tokens)), ITEMS=8, SUM=_sum_type(x),
+            TOKENS=min(128, triton.next_power_of_2(tokens)), ITEMS=8, SUM=sum_type(x),
             num_warps=1,
         )  # fmt: skip
     return values
-
-
-def _sum_type(x: torch.Tensor):
-    return tl.float64 if x.dtype == torch.float64 else tl.float32

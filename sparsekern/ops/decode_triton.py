@@ -95,6 +95,11 @@ def split_for(tiles: int, steps: int, device: torch.device) -> int:
     return max(1, min(wanted, steps, 16))
 
 
+def sum_type(x: torch.Tensor):
+    """What products of `x` are summed in."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
+
+
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 for the CPU, where the interpreter runs."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from sparsekern.ops import csr_triton
-from sparsekern.ops.csr_decode_plan import layout_of
-from sparsekern.ops.csr_triton import csr_decode, csr_decode_pack, csr_sddmm, csr_spmm
+from sparsekern.ops.csr_decode_plan import csr_decode_pack, layout_of
+from sparsekern.ops.csr_triton import csr_decode, csr_sddmm, csr_spmm
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 1e-12}
 
