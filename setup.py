@@ -1,16 +1,20 @@
-"""Builds `_C` (CPU) always and `_C_cuda` where a CUDA toolkit and a CUDA torch are found.
+"""Builds `_C` (CPU) always and `_C_cuda` where CUDA headers and a CUDA torch are found.
 
-Force the CUDA choice with SPARSEKERN_CUDA=0 or SPARSEKERN_CUDA=1. Needs torch in the environment:
-`pip install --no-build-isolation -e .`
+Force the CUDA choice with SPARSEKERN_CUDA=0 or SPARSEKERN_CUDA=1 (which also builds beside a CPU
+torch; the result then only links). Headers are looked for in SPARSEKERN_CUDA_INCLUDE (folders,
+separated by colons), the toolkit, and the wheels that CUDA builds of torch bring. Needs torch in
+the environment: `pip install --no-build-isolation -e .`
 """
 
+import importlib.util
 import os
 import platform
+import shutil
 from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 2.11
 FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
@@ -27,6 +31,21 @@ if platform.machine() in ("x86_64", "AMD64"):
         *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),
     ]
     ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16", "-mavx512vbmi2", "-mpopcnt"]
+
+
+def cuda_home() -> str:
+    """The CUDA toolkit, empty where there is none; torch looks for it in CUDA builds alone."""
+    nvcc = shutil.which("nvcc")
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    places += [str(Path(nvcc).resolve().parent.parent)] if nvcc else []
+    whole = [p for p in places if p and Path(p, "include/cuda_runtime_api.h").exists()]
+    return whole[0] if whole else ""
+
+
+CUDA_HOME = cuda_home()
+# The libraries are opened at run time and the sources are plain C++: headers are all it needs.
+CUDA_HEADERS = ("cuda_runtime_api.h", "crt/host_defines.h", "cusparse.h", "cusparseLt.h")
+CUDA_SOURCES = sorted(str(p) for p in Path("csrc/cuda").glob("*.cpp"))
 
 
 class Build(BuildExtension):
@@ -46,7 +65,18 @@ class Build(BuildExtension):
         super().build_extensions()
 
 
-def cuda_choice(sources: list[str]) -> tuple[bool, str]:
+def cuda_include_dirs() -> list[str]:
+    """Folders that hold the CUDA headers, those of the toolkit first."""
+    folders = [Path(p) for p in os.environ.get("SPARSEKERN_CUDA_INCLUDE", "").split(":") if p]
+    if CUDA_HOME:
+        folders.append(Path(CUDA_HOME, "include"))
+    nvidia = importlib.util.find_spec("nvidia")
+    for place in nvidia.submodule_search_locations if nvidia else ():
+        folders += sorted(Path(place).glob("*/include"))
+    return [str(f) for f in folders if any((f / header).exists() for header in CUDA_HEADERS)]
+
+
+def cuda_choice(include_dirs: list[str]) -> tuple[bool, str]:
     """Whether to build the CUDA half, and why."""
     forced = os.environ.get("SPARSEKERN_CUDA", "")
     if forced not in ("", "0", "1"):
@@ -54,20 +84,28 @@ def cuda_choice(sources: list[str]) -> tuple[bool, str]:
     if forced == "0":
         return False, "SPARSEKERN_CUDA=0"
     missing = [
-        reason
-        for present, reason in (
-            (sources, "no CUDA sources in this version"),
-            (CUDA_HOME, "no CUDA toolkit found (CUDA_HOME)"),
-            (torch.version.cuda, "this torch is a CPU build"),
-        )
-        if not present
+        f"no {header} in the toolkit or the nvidia wheels"
+        for header in CUDA_HEADERS
+        if not any(Path(folder, header).exists() for folder in include_dirs)
     ]
-    if forced == "1" and (not sources or not CUDA_HOME):
-        raise SystemExit("setup: SPARSEKERN_CUDA=1, but " + " and ".join(missing[:2]))
+    if forced == "1" and missing:
+        raise SystemExit("setup: SPARSEKERN_CUDA=1, but " + " and ".join(missing))
     if forced == "1":
         return True, "SPARSEKERN_CUDA=1"
-    found = f"toolkit at {CUDA_HOME}, torch for CUDA {torch.version.cuda}"
+    if not torch.version.cuda:
+        missing.insert(0, "this torch is a CPU build")
+    found = f"headers in {', '.join(include_dirs)}, torch for CUDA {torch.version.cuda}"
     return not missing, "; ".join(missing) or found
+
+
+def cuda_extension(include_dirs: list[str], common: dict) -> CppExtension:
+    """The CUDA half. The wheels' headers come after the toolkit's, which they must not hide."""
+    flags = [f for folder in include_dirs for f in ("-isystem", folder)]
+    options = {**common, "extra_compile_args": {"cxx": [*FLAGS, TORCH_TARGET, *flags]}}
+    libraries = ["dl"]
+    if torch.version.cuda:
+        libraries.append("torch_cuda")  # has the current stream
+    return CppExtension("sparsekern._C_cuda", CUDA_SOURCES, libraries=libraries, **options)
 
 
 def extensions() -> list:
@@ -78,14 +116,14 @@ def extensions() -> list:
     }
     cpu = (
         *("ops", "int8", "conv", "block", "block_ops", "nm", "nm_ops"),
-        *("driver", "few_tokens", "isa"),
+        *("driver", "conv_lines", "few_tokens", "isa"),
     )
     cpu = [f"csrc/cpu/{name}.cpp" for name in cpu]
     found = [CppExtension("sparsekern._C", [*cpu, "csrc/host/module.cpp"], **common)]
-    cuda = sorted(str(p) for p in Path("csrc/cuda").glob("*.c*"))
-    build_cuda, reason = cuda_choice(cuda)
+    include_dirs = cuda_include_dirs()
+    build_cuda, reason = cuda_choice(include_dirs)
     if build_cuda:
-        found.append(CUDAExtension("sparsekern._C_cuda", cuda, **common))
+        found.append(cuda_extension(include_dirs, common))
     print(
         f"sparsekern: CPU kernels for {', '.join(ISA_FLAGS)}; "
         f"CUDA half {'built' if build_cuda else 'not built'}: {reason}"

@@ -20,13 +20,15 @@ from cases import Problem
 from peers.client import ENGINES, Peer, PeerError
 from torch import Tensor
 
-from sparsekern import SparseConv2d, SparseLinear
+from sparsekern import SparseConv2d, SparseLinear, quantize
 from sparsekern.measure import Timing
 
 # Largest accepted error, relative to the largest exact output. Dense and sparse sums differ in
 # order only; bfloat16 rounds inputs of the last product and the result to 8 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+INT8_TOLERANCE = 3e-2  # 8 bits of a value, relative to the largest of its row
 OURS = "sparsekern"
+INT8 = f"{OURS} int8"
 
 Call = Callable[[], object]
 
@@ -37,7 +39,8 @@ class Side:
 
     Attributes:
         name: What runs.
-        role: `dense`, `peer` (not torch's dense, not ours) or `ours`.
+        role: `dense`, `peer` (not torch's dense, not ours), `int8` (our layer with int8 values) or
+            `ours`.
         sample: Makes calls, each of y, or of (dX, dW, db) when training, and tells their seconds.
         error: Largest error of its result over the largest exact value.
         version: Of an engine in an environment of its own.
@@ -185,12 +188,20 @@ def sparse_call(p: Problem) -> Call:
     return lambda: torch.autograd.grad(layer(leaves[0]), leaves, p.grad)
 
 
-def sides(p: Problem, peers: bool) -> tuple[list[Side], dict[str, str]]:
+def int8_call(p: Problem) -> Call:
+    """Our layer with its values as int8; for inference of linear layers."""
+    layer = sparse_layer(p).eval()
+    quantize(layer)
+    return lambda: layer(p.x)
+
+
+def sides(p: Problem, peers: bool, int8: bool = False) -> tuple[list[Side], dict[str, str]]:
     """Everything that runs this problem and gets it right, ours last.
 
     Args:
         p: The problem.
         peers: Whether to add sparse peers.
+        int8: Whether to add our layer with int8 values.
 
     Returns:
         The sides, and for each one left out the reason.
@@ -202,6 +213,8 @@ def sides(p: Problem, peers: bool) -> tuple[list[Side], dict[str, str]]:
     candidates = [(name, "dense", make) for name, make in DENSE[key].items()]
     if peers:
         candidates += [(name, "peer", make) for name, make in PEERS.get(key, {}).items()]
+    if int8 and key == "linear":
+        candidates.append((INT8, "int8", int8_call))
     reference = p.reference()
     found, left_out = [], {}
     for name, role, make in candidates:
@@ -287,7 +300,7 @@ def checked(call: Call, name: str, p: Problem, reference: tuple[Tensor, ...]) ->
         if got.shape != exact.shape:
             exact = sparse_layer(p).weight.gather(exact)
         worst = max(worst, relative_error(got, exact))
-    limit = TOLERANCE[p.x.dtype]
+    limit = INT8_TOLERANCE if name == INT8 else TOLERANCE[p.x.dtype]
     if not worst <= limit:
         raise RuntimeError(
             f"bench: expected {name} to be right to {limit:g} at {p.case.name}, "

@@ -179,6 +179,8 @@ _summary = (
     Linear(1024, 1024, 512, training=True),
 )
 
+_int8 = tuple(Linear(size, size, tokens) for size in (1024, 4096) for tokens in (1, 16, 512))
+
 BLOCKS = tuple((p, SPARSITIES) for p in ("block:16x16", "block:32x32", "vector:4x1"))
 SUITES = {
     "summary": Suite(_summary, (("unstructured", SPARSITIES),)),
@@ -188,6 +190,7 @@ SUITES = {
     "decode": Suite(_decode),
     "training": Suite(_training),
     "tails": Suite(_tails, (("unstructured", (0.9,)),)),
+    "int8": Suite(_int8, (("unstructured", (0.5, 0.9)), *((p, (0.5, 0.9)) for p, _ in BLOCKS[:2]))),
     "overhead": Suite((Linear(64, 64, 1),), (("unstructured", (0.9,)),)),
 }
 
@@ -237,12 +240,19 @@ class Problem:
         return torch.autograd.grad(self.case.apply(*leaves), leaves, self.grad.double())
 
 
-def build(case: Case, pattern: str, sparsity: float, dtype: torch.dtype, seed: int = 0) -> Problem:
-    """Random data of a case, its weight pruned by magnitude to the pattern."""
-    generator = torch.Generator().manual_seed(seed)
+def build(
+    case: Case,
+    pattern: str,
+    sparsity: float,
+    dtype: torch.dtype,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> Problem:
+    """Random data of a case on a device, its weight pruned by magnitude to the pattern."""
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator, device=device)
 
     weight = normal(*case.weight_shape)
     weight /= weight[0].numel() ** 0.5

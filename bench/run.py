@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
@@ -26,6 +25,7 @@ from peers.client import ENGINES
 
 import sparsekern
 from sparsekern.measure import Timing, hardware, speedup
+from sparsekern.measure import commit as checkout
 from sparsekern.measure.table import MISSING, percent, times
 from sparsekern.patterns import parse
 
@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
                 display.start(case.name, pattern, sparsity)
                 torch.set_num_threads(threads)
                 problem = cases.build(case, pattern, sparsity, DTYPES[dtype])
-                point = measure(problem, options.budget, options.peers, limits[threads])
+                point = measure(problem, options, limits[threads])
                 point = {"type": "point", "suite": suite, **point, "threads": threads}
                 writer.write(point)
                 display.add(point)
@@ -81,6 +81,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=duration, default=0.5,
                         help="seconds of timing per point, all sides together")  # fmt: skip
     add_peers(parser)
+    parser.add_argument("--int8", action="store_true",
+                        help="time our linear layers with int8 values as well")  # fmt: skip
     parser.add_argument("--out", type=Path, help="JSONL file to append to "
                         "(default bench/results/SUITE-TIME.jsonl)")  # fmt: skip
     return with_all_peers(parser.parse_args(arguments))
@@ -166,32 +168,21 @@ def header(options: argparse.Namespace, limits: dict[int, dict]) -> dict[str, ob
 
 
 def commit() -> str | None:
-    """Commit of the checkout, with `+changes` if a tracked file differs; None outside of git."""
-
-    def git(*arguments: str) -> str:
-        run = subprocess.run(
-            ["git", "-C", str(FOLDER), *arguments], capture_output=True, text=True, check=True
-        )
-        return run.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """Commit of this checkout, see `sparsekern.measure.commit`."""
+    return checkout(FOLDER)
 
 
-def measure(problem: cases.Problem, budget_s: float, peers: list[str] | None, limits: dict) -> dict:
+def measure(problem: cases.Problem, options: argparse.Namespace, limits: dict) -> dict:
     """Time all sides of a problem against each other; see bench/README.md for the fields.
 
     `peers` None adds no peer, else those of torch and scipy and the engines named.
     """
-    case = problem.case
+    case, peers = problem.case, options.peers
     with nullcontext() if case.training else torch.inference_mode(), ExitStack() as stack:
-        sides, left_out = baselines.sides(problem, peers is not None)
+        sides, left_out = baselines.sides(problem, peers is not None, options.int8)
         engines, missing = baselines.engine_sides(problem, peers or (), stack)
         sides, left_out = [*sides[:-1], *engines, sides[-1]], {**left_out, **missing}
-        timings = baselines.time_all(sides, left_out, budget_s)
+        timings = baselines.time_all(sides, left_out, options.budget)
     rows = list(zip(sides, timings))
     ours = timings[-1]
     best, best_timing = min((r for r in rows if r[0].role == "dense"), key=lambda r: r[1].median_ms)

@@ -95,7 +95,9 @@ def _models_table(points: list[Point]) -> str:
     )
     head = ["model", "zeros", "best dense torch", OURS, "speed-up, p10 to p90", *peers]
     lines = [head, ["---", "---:", "---", "---", "---:", *["---:"] * len(peers)]]
-    for p in points:
+    first = {name: i for i, name in enumerate(dict.fromkeys(p["case"] for p in points))}
+    # A file grows in the order of the runs; the table goes by model, then by zeros.
+    for p in sorted(points, key=lambda p: (first[p["case"]], p["sparsity"])):
         sides, gain = p["sides"], p["speedup"]
         ours = milliseconds(sides[p["best_ours"]]["median_ms"])
         lines.append([

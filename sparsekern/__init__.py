@@ -13,20 +13,28 @@ from .prune import (
     LotteryTicket,
     Pruner,
     PruneReport,
+    adjusted_dropout,
     distillation_loss,
     layer_collapse,
     mask_overlap,
     owl,
+    permute_channels,
     prune,
     recalibrate_batchnorm,
+    reconstruct,
+    remove_dead_neurons,
     schedules,
     sensitivity,
     slimming_penalty,
+    sparsity_report,
+    threshold_scope,
+    weight_histogram,
+    weight_penalty,
 )
 from .quantize import QuantizationReport, quantize
 from .storage import load, save
 from .weights import BlockWeight, CSRWeight, NMWeight
-from .weights_int8 import Int8CSRWeight
+from .weights_int8 import Int8BlockWeight, Int8CSRWeight
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,11 +45,19 @@ __all__ = [
     "sensitivity",
     "LotteryTicket",
     "owl",
+    "threshold_scope",
     "recalibrate_batchnorm",
+    "adjusted_dropout",
     "distillation_loss",
     "slimming_penalty",
+    "weight_penalty",
+    "reconstruct",
+    "remove_dead_neurons",
+    "permute_channels",
     "layer_collapse",
     "mask_overlap",
+    "sparsity_report",
+    "weight_histogram",
     "convert_to_sparse",
     "report",
     "to_dense",
@@ -59,6 +75,7 @@ __all__ = [
     "SparseConv2d",
     "BlockWeight",
     "CSRWeight",
+    "Int8BlockWeight",
     "Int8CSRWeight",
     "NMWeight",
     "patterns",

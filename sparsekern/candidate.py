@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .chain import Slot
+from .conversion import LayerReport
 from .fuse import FusedActivation
 from .measure.structure import forward_call
 from .measure.timer import interleaved, speedup
+from .patterns import Unstructured, detect
 from .sites import Site
 
 
 @dataclass
 class Candidate:
-    """A group of layers with one weight, its sparse twins and what was measured."""
+    """A group of layers with one weight, its sparse twins and what was measured.
+
+    `mask` says what to store where the zeros do not; None elsewhere.
+    """
 
     sites: list[Site]
     sparsity: float = 0.0
     pattern: str = "unstructured"
+    mask: Tensor | None = None
     format: str = "csr"
     sparse: list[nn.Module] = field(default_factory=list)
     fused: list[tuple[Slot, FusedActivation]] = field(default_factory=list)
@@ -31,6 +37,21 @@ class Candidate:
     error: float | None = None
     take: bool = False
     reason: str = ""
+
+    def count_zeros(self, training: bool) -> None:
+        """Set `mask` and `sparsity`.
+
+        A Pruner's mask counts where it tells more than the zeros: what to train, or a pattern.
+        """
+        first = self.sites[0]
+        if "weight" not in first.module._parameters or first.module.weight.is_meta:
+            return
+        masks = (site.mask for site in self.sites)
+        mask = next((found for found in masks if found is not None), None)
+        if mask is not None and (training or detect(mask) != Unstructured()):
+            self.mask = mask
+        kept = first.weight != 0 if self.mask is None else self.mask
+        self.sparsity = float((~kept).float().mean()) if kept.numel() else 0
 
 
 def swap(model: nn.Module, taken: list[Candidate]) -> nn.Module:
@@ -117,3 +138,20 @@ def _training_step(model: nn.Module, inputs) -> None:
         total = sum(t.float().sum() for t in leaves if isinstance(t, Tensor) and t.requires_grad)
         parameters = [p for p in model.parameters() if p.requires_grad]
         torch.autograd.grad(total, parameters, allow_unused=True)
+
+
+def rows(candidate: Candidate) -> list[LayerReport]:
+    """The lines of the report, one per layer of the group."""
+    row = LayerReport(
+        name="", kind="", shape=(), pattern=candidate.pattern, sparsity=candidate.sparsity,
+        format=candidate.format if candidate.take else "dense", dense_ms=candidate.dense_ms,
+        sparse_ms=candidate.sparse_ms, max_error=candidate.error, reason=candidate.reason,
+    )  # fmt: skip
+    found = [
+        replace(row, name=s.name, kind=s.kind, shape=tuple(getattr(s.module.weight, "shape", ())))
+        for s in candidate.sites
+    ]
+    if not candidate.take:
+        return found
+    pairs = zip(found, candidate.sparse, strict=True)
+    return [replace(row, activation=twin.activation) for row, twin in pairs]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from torch import nn
 
@@ -21,7 +21,8 @@ class LayerReport:
         shape: Shape of the dense weight.
         pattern: Pattern of the zeros.
         sparsity: Share of zeros.
-        format: `csr`, `block` or `nm` when sparse, `dense` when left dense.
+        format: `csr`, `block` or `nm` when sparse (`csr_int8`, `block_int8` once quantized),
+            `dense` when left dense.
         dense_ms: Time of the dense layer at the shapes seen, all its calls in one run of the model;
             None when not timed.
         sparse_ms: The same for the sparse layer.
@@ -132,6 +133,7 @@ def report(model: nn.Module) -> ConversionReport:
     """
     found = getattr(model, REPORT, None)
     if found is not None:
+        found.layers = _quantized_since(model, found.layers)
         return found
     rows = [
         LayerReport(
@@ -143,6 +145,20 @@ def report(model: nn.Module) -> ConversionReport:
         for site in find_sparse(model)
     ]  # fmt: skip
     return ConversionReport(layers=rows)
+
+
+def _quantized_since(model: nn.Module, rows: list[LayerReport]) -> list[LayerReport]:
+    """The rows with the format that their layers have now: `quantize` may have changed it."""
+    formats = {site.name: site.module.weight.format for site in find_sparse(model)}
+    note = "; int8 since, the times are those of float values"
+
+    def current(row: LayerReport) -> LayerReport:
+        now = formats.get(row.name, row.format)
+        if now == row.format or not now.endswith("_int8"):
+            return row
+        return replace(row, format=now, reason=row.reason + note)
+
+    return [current(row) for row in rows]
 
 
 def _cells(row: LayerReport) -> list[str]:

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .candidate import Candidate, eval_mode, swap, swap_back, time_model
-from .conversion import REPORT, ConversionReport, LayerReport, report
-from .device import cold_bytes, runnable
-from .fuse import Activations, Folds, Misread, check_agreement, run_once
+from .candidate import Candidate, eval_mode, rows, swap, swap_back, time_model
+from .conversion import REPORT, ConversionReport, report
+from .device import cold_bytes, format_fault
+from .fuse import (
+    FUSABLE,
+    TRAINABLE,
+    Activations,
+    Folds,
+    Misread,
+    check_agreement,
+    run_once,
+)
 from .measure.structure import check_inputs, forward_call
 from .measure.timer import synchronize
 from .nn import SparseConv2d, SparseLinear
 from .patterns import detect
 from .pool import ChannelsLastMaxPool2d, faster_pools
+from .progress import track
 from .sites import find_sites, group_tied
 from .tune import (
     MIN_GAIN,
@@ -49,29 +58,32 @@ def convert_to_sparse(
 ) -> nn.Module:
     """Swap pruned linear and convolution layers for sparse ones, where that is faster here.
 
-    Every layer is timed dense against sparse at the shapes it saw in a run of `example_inputs`, and
-    stays dense unless sparse wins by `min_gain`; the whole model is timed last and goes back if it
-    lost. Layers keep exactly the zeros that are there. `sparsekern.report(model)` tells what
-    happened to each layer.
+    Every layer is timed at the shapes it saw in a run of `example_inputs` and stays dense unless
+    sparse wins by `min_gain`; the whole model is timed last and goes back if it lost. Layers keep
+    exactly the zeros that are there; where a `Pruner` left a mask, it tells the pattern, and for
+    training the weights to store. `sparsekern.report(model)` tells what happened to each layer.
 
-    For inference, batch normalisation is folded into the layer before it, and ReLU and GELU modules
-    go into the sparse layers whose output they read, exactly up to rounding. That is done where a
-    run of `example_inputs` shows that nothing else reads the tensor in between (see
-    `fold_batchnorm`), needs a model in eval mode, and is checked on the outputs of the whole model.
-    Max pools run by way of channels_last where that is faster, which changes no value. The modules
-    become an nn.Identity; `to_dense` brings activations back, a folded model stays
-    folded. A model that goes back to dense has its own modules and parameters again.
+    For inference (a model in eval mode) batch normalisation is folded into the layer before it, and
+    ReLU, ReLU6 and GELU modules go into the sparse layers whose output they read, where a run shows
+    that nothing else reads it (see `fold_batchnorm`); the outputs of the whole model are compared.
+    Max pools run by way of channels_last where that is faster. The modules become an nn.Identity;
+    `to_dense` brings activations back, a folded model stays folded.
+
+    For training nothing is folded, only ReLU is fused (its gradient needs no more than its output),
+    and max pools are chosen by forward and backward together. The example inputs run in the mode
+    the model is in; statistics of normalisations and random numbers come back as they were. Make
+    the optimizer after the conversion: the sparse layers have parameters of their own. A pruned
+    layer that stays dense trains its zeros, too; a `Pruner` keeps them where that matters.
 
     Args:
         model: Any module; changed in place. Shared and tied layers stay shared and tied.
-        example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments of the
-            model (what a tokenizer returns is one).
-            None: nothing is timed, a threshold on the sparsity decides (linear 70 %, convolution
-            80 %; on a GPU all stay dense), and the report says so.
+        example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments (what a
+            tokenizer returns is one). None: nothing is timed, a threshold on the sparsity decides
+            (linear 70 %, convolution 80 %; on a GPU all stay dense), and the report says so.
         mode: `inference` times the forward pass; `training` times forward and both gradients and
             prepares the backward pass.
         min_gain: Least ratio dense time / sparse time to take a sparse layer.
-        fuse: Whether to fold normalisations, fuse activations and move max pools, for inference.
+        fuse: Whether to fold normalisations, fuse activations and move max pools.
         budget_s: Seconds of timing per distinct layer shape.
         cache: Keep timings in the user's cache folder, so that the next conversion is quick.
         progress: Show a progress bar; None shows it in a terminal when there is much to time.
@@ -92,8 +104,9 @@ def convert_to_sparse(
     job.tuning = TuningCache(device, on_disk=cache and example_inputs is not None)
     job.cold_bytes = cold_bytes(model, device)
     try:
-        if fuse and mode == "inference" and example_inputs is not None:
-            job.folds = Folds.find(model, example_inputs)
+        if fuse and example_inputs is not None:
+            if mode == "inference":
+                job.folds = Folds.find(model, example_inputs)
             job.fuse = not job.folds.reason
         return _convert(job, candidates, progress)
     except Misread as error:
@@ -188,32 +201,22 @@ def _record_inputs(job: _Job, candidates) -> dict[int, Counter] | None:
     return specs
 
 
-def _with_progress(candidates, progress: bool | None):
-    import sys
-
-    show = progress if progress is not None else len(candidates) > 8 and sys.stderr.isatty()
-    if not show:
-        return candidates
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(candidates, "timing layers", console=console, transient=True)
-
-
 def _decide_all(job: _Job, candidates: list[Candidate], progress: bool | None) -> None:
     """Choose for every candidate, build the sparse twins, settle which activations they take."""
     job.specs = _record_inputs(job, candidates)
     able = {s.module for c in candidates for s in c.sites if not s.obstacle}
     if job.fuse:
-        job.activations = Activations(job.model, job.inputs, able)
+        kinds = FUSABLE if job.mode == "inference" else TRAINABLE
+        job.activations = Activations(job.model, job.inputs, able, kinds)
         job.planned = job.activations.of_layers(able)
-    for candidate in _with_progress(candidates, progress):
+    for candidate in track(candidates, "timing layers", progress):
         _decide(job, candidate)
     job.tuning.save()
     taken = [c for c in candidates if c.take]
     if taken and job.fuse and taken[0].sites[0].module.weight.device.type == "cpu":
-        taken[0].fused = faster_pools(job.model, job.specs, job.budget_s)
+        taken[0].fused = faster_pools(
+            job.model, job.specs, job.budget_s, training=job.mode == "training"
+        )
     if not job.planned:
         return
     twins = {s.module: t for c in taken for s, t in zip(c.sites, c.sparse, strict=True)}
@@ -228,15 +231,14 @@ def _decide(job: _Job, candidate: Candidate) -> None:
     """Fill in what the candidate's layers gain, and whether to take them."""
     site = candidate.sites[0]
     obstacle = next((s.obstacle for s in candidate.sites if s.obstacle), "")
-    if "weight" in site.module._parameters and not site.module.weight.is_meta:
-        candidate.sparsity = float((site.weight == 0).float().mean()) if site.weight.numel() else 0
+    candidate.count_zeros(job.mode == "training")
     if obstacle:
         candidate.reason = obstacle
         return
     if candidate.sparsity < WORTH_TIMING:
         candidate.reason = f"only {candidate.sparsity:.0%} zeros"
         return
-    candidate.pattern = str(detect(site.weight))
+    candidate.pattern = str(detect(site.weight if candidate.mask is None else candidate.mask))
     device = site.module.weight.device
     if job.specs is None and device.type != "cpu":
         candidate.reason = f"not timed: pass example_inputs, no threshold is known for {device}"
@@ -249,11 +251,13 @@ def _decide(job: _Job, candidate: Candidate) -> None:
         candidate.reason = "not called in the run of example_inputs"
         return
     shape, groups = site.weight.shape, getattr(site.module, "groups", 1)
-    fitting = fitting_formats(candidate.pattern, shape, groups)
-    formats = runnable(fitting, site.kind, device.type)
+    faults = {
+        name: format_fault(name, site.kind, device)
+        for name in fitting_formats(candidate.pattern, shape, groups)
+    }
+    formats = [name for name, fault in faults.items() if not fault]
     if not formats:
-        candidate.take = False
-        candidate.reason = f"no kernel of {' or '.join(fitting)} on {device.type} for {site.kind}"
+        candidate.take, candidate.reason = False, "; ".join(faults.values())
         return
     if job.specs is None:
         candidate.format = formats[0]
@@ -293,7 +297,7 @@ def _build(job: _Job, candidate: Candidate, name: str) -> list[nn.Module]:
     """Sparse twins around one shared weight of a format."""
     first = candidate.sites[0]
     weight = FORMATS[name].from_dense(
-        first.weight, pattern=candidate.pattern, groups=getattr(first.module, "groups", 1)
+        first.weight, candidate.mask, candidate.pattern, getattr(first.module, "groups", 1)
     )
     weight.values.requires_grad_(first.module.weight.requires_grad)
     if job.mode == "training":
@@ -372,7 +376,7 @@ def _revert(model, taken, result: ConversionReport, reason: str) -> nn.Module:
 
 def _describe(result: ConversionReport, job: _Job, candidates: list[Candidate]) -> None:
     """Fill in the report."""
-    result.layers = [row for c in candidates for row in _rows(c)]
+    result.layers = [row for c in candidates for row in rows(c)]
     taken = [c for c in candidates if c.take]
     if taken:
         result.folded = job.folds.names
@@ -381,19 +385,3 @@ def _describe(result: ConversionReport, job: _Job, candidates: list[Candidate]) 
             (result.pools if pool else result.fused).append(slot.name)
         if job.folds.reason:
             result.notes.append(job.folds.reason)
-
-
-def _rows(candidate: Candidate) -> list[LayerReport]:
-    row = LayerReport(
-        name="", kind="", shape=(), pattern=candidate.pattern, sparsity=candidate.sparsity,
-        format=candidate.format if candidate.take else "dense", dense_ms=candidate.dense_ms,
-        sparse_ms=candidate.sparse_ms, max_error=candidate.error, reason=candidate.reason,
-    )  # fmt: skip
-    rows = [
-        replace(row, name=s.name, kind=s.kind, shape=tuple(getattr(s.module.weight, "shape", ())))
-        for s in candidate.sites
-    ]
-    if not candidate.take:
-        return rows
-    pairs = zip(rows, candidate.sparse, strict=True)
-    return [replace(row, activation=twin.activation) for row, twin in pairs]

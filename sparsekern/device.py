@@ -5,14 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._load import native_status
+from .ops.cuda_support import device_facts, device_fault
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float64),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-FORMATS = ("csr", "block", "nm")
-MIN_CAPABILITY = (8, 0)  # asynchronous copies and bfloat16 products, which all our kernels use
 
 
 def has_kernel(op: str, device_type: str) -> bool:
@@ -33,31 +31,56 @@ def device_obstacle(weight: Tensor) -> str:
     device = weight.device
     if device.type not in DTYPES:
         return f"no sparse kernel on {device.type} in this version"
-    if device.type == "cuda":
-        if torch.version.hip:
-            return "no sparse kernel for ROCm in this version"
-        if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
-            have = ".".join(map(str, torch.cuda.get_device_capability(device)))
-            return f"sparse kernels need compute capability 8.0, {device} has {have}"
-        if not any(has_kernel(f"{name}_linear", "cuda") for name in FORMATS):
-            return f"no sparse kernel on cuda here: {native_status()['_C_cuda']['reason']}"
+    if device.type == "cuda" and (fault := device_fault(facts_of(device), (7, 0))):
+        return f"no sparse kernel on {device}: {fault}"
     if weight.dtype not in DTYPES[device.type]:
         return f"no kernel for {weight.dtype}"
     return ""
 
 
-def runnable(formats: list[str], kind: str, device_type: str) -> list[str]:
-    """Those of the formats that have a kernel on a device.
+def format_fault(name: str, kind: str, device: torch.device) -> str:
+    """Why a format has no kernel on a device, or an empty string.
+
+    A way that a GPU has for some shapes only counts as one: what it does to the others, the timing
+    finds out.
 
     Args:
-        formats: Names as `fitting_formats` gives them.
+        name: `csr`, `block` or `nm`.
         kind: Kind of the layer: `Linear`, `Conv1D`, `Conv2d`.
-        device_type: `cpu` takes all: without compiled kernels no layer gets this far.
+        device: Where its weight is.
     """
-    if device_type == "cpu":
-        return formats
-    op = "conv2d" if kind == "Conv2d" else "linear"
-    return [name for name in formats if has_kernel(f"{name}_{op}", device_type)]
+    op = f"{name}_{'conv2d' if kind == 'Conv2d' else 'linear'}"
+    if device.type == "cpu":  # without compiled kernels no layer gets this far
+        return ""
+    if not has_kernel(op, device.type):
+        return f"{op} has no kernel on {device.type}"
+    faults = {"csr": _csr_faults, "nm": _nm_faults, "block": _block_faults}[name](device)
+    return f"{op}: {'; '.join(faults)}" if all(faults) else ""
+
+
+def facts_of(device: torch.device):
+    """What decides which kernels a CUDA device can run."""
+    return device_facts(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _csr_faults(device) -> list[str]:
+    from .ops import csr_cuda
+
+    facts = facts_of(device)
+    return [csr_cuda.cusparse_fault(facts), csr_cuda.kernel_fault(facts)]
+
+
+def _nm_faults(device) -> list[str]:
+    from .ops import cslt, nm_cuda
+
+    facts = facts_of(device)
+    return [cslt.library_fault(facts), nm_cuda.kernel_fault(facts)]
+
+
+def _block_faults(device) -> list[str]:
+    from .ops import block_cuda
+
+    return [block_cuda.kernel_fault(device)]
 
 
 def cold_bytes(model: nn.Module, device: torch.device) -> int:

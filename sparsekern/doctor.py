@@ -11,6 +11,7 @@ import torch
 from sparsekern import _load
 from sparsekern.measure.energy import POWERCAP, find_meter
 from sparsekern.measure.hardware import hardware
+from sparsekern.ops.cuda_libraries import CUSPARSE, CUSPARSELT, find_library
 
 OPTIONAL_PACKAGES = {
     "matplotlib": ("plots in HTML reports", "pip install matplotlib jinja2"),
@@ -95,8 +96,8 @@ def _parts() -> dict[str, dict[str, object]]:
         "CPU kernels (_C)": _native(native["_C"]),
         "GPU kernels (_C_cuda)": _native(native["_C_cuda"]),
         "GPU": _gpu(),
-        "cuSPARSE": _cusparse(),
-        "cuSPARSELt": _cusparselt(),
+        "cuSPARSE": _library(CUSPARSE),
+        "cuSPARSELt": _library(CUSPARSELT),
         "Triton": _triton(),
         "energy counter, CPU": _energy(torch.device("cpu")),
         "energy counter, GPU": _gpu_energy(),
@@ -122,17 +123,13 @@ def _gpu() -> dict[str, object]:
     )
 
 
-def _cusparse() -> dict[str, object]:
+def _library(library) -> dict[str, object]:
     if torch.version.cuda is None:
         return _part(False, "this torch was built without CUDA", "install a CUDA build of torch")
-    return _part(True, f"comes with the CUDA {torch.version.cuda} that torch was built for")
-
-
-def _cusparselt() -> dict[str, object]:
-    backend = getattr(torch.backends, "cusparselt", None)
-    if backend is not None and backend.is_available():
-        return _part(True, f"version {backend.version()}")
-    return _part(False, "torch has no cuSPARSELt", "install a CUDA build of torch and run on a GPU")
+    version, fault = find_library(library)
+    if fault:
+        return _part(False, fault, f"pip install -U the wheel of {library.name} for your CUDA")
+    return _part(True, f"version {'.'.join(map(str, version))}")
 
 
 def _triton() -> dict[str, object]:
@@ -153,7 +150,7 @@ def _gpu_energy() -> dict[str, object]:
     if not torch.cuda.is_available():
         return _part(False, "no GPU", "see GPU above")
     meter, reason = find_meter(torch.device("cuda", torch.cuda.current_device()))
-    remedy = "pip install nvidia-ml-py on a machine whose GPU has the counter"
+    remedy = "use a GPU that has the counter, with its driver's libnvidia-ml or nvidia-ml-py"
     return _part(meter is not None, f"{meter.source}, {reason}" if meter else reason, remedy)
 
 

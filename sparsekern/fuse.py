@@ -16,7 +16,8 @@ from .ops._library import activate
 from .pool import restore_pools
 from .sites import find_sparse
 
-FUSABLE = ("relu", "gelu", "gelu_tanh")
+FUSABLE = ("relu", "relu6", "gelu", "gelu_tanh")
+TRAINABLE = ("relu", "relu6")  # the gradients of GELU would compute the layer once more
 # A run of the fused model must agree with the model as it came to this share of the largest output.
 # Rounding stays far below; a path through the model that was misread does not.
 AGREEMENT = {torch.float64: 1e-2, torch.float32: 1e-2}
@@ -158,18 +159,19 @@ class Activations:
     kind. What a module computes is found by its values on a probe, not by its name.
     """
 
-    def __init__(self, model: nn.Module, inputs, layers: set[nn.Module]):
+    def __init__(self, model: nn.Module, inputs, layers: set[nn.Module], kinds=FUSABLE):
         self.links = Links()
         sources = slots(model, lambda m: m in layers)
         readers = slots(model, _is_stateless)
         if sources and readers:
-            with _observing():
+            with _observing(), undisturbed(model):
                 self.links = trace(model, inputs, sources, readers)
-        self.kinds = {
+        found = {
             slot: kind_of_activation(slot.module, seen[0].module.weight.dtype)
             for slot, seen in self.links.inputs.items()
             if None not in seen and id(slot.module) not in self.links.unsafe
         }
+        self.kinds = {slot: kind for slot, kind in found.items() if kind in kinds}
 
     def of_layers(self, layers: set[nn.Module]) -> dict[nn.Module, str]:
         """Layer -> activation, if exactly these layers were to become sparse."""
@@ -177,7 +179,7 @@ class Activations:
         for slot, readers in self.links.outputs.items():
             outputs.setdefault(slot.module, []).extend(readers)
         able = {la for la in outputs if la in layers and id(la) not in self.links.unsafe}
-        places = {slot for slot, kind in self.kinds.items() if kind}
+        places = set(self.kinds)
         before = None
         while before != (len(able), len(places)):  # each refusal may take others with it
             before = len(able), len(places)
@@ -249,8 +251,23 @@ def check_agreement(want, got, dtype: torch.dtype) -> float | None:
     return error
 
 
+@contextmanager
+def undisturbed(model: nn.Module):
+    """Buffers (batch statistics of a model in training mode) and random numbers come back."""
+    training = (m for m in model.modules() if m.training)
+    buffers = [b for m in training for b in m.buffers(recurse=False)]
+    before = [(b, b.clone()) for b in buffers if not b.is_meta and not b.is_inference()]
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        with torch.no_grad():
+            for buffer, values in before:
+                buffer.copy_(values)
+
+
 def run_once(model: nn.Module, inputs):
     """Outputs of a run; random numbers it draws are the same each time, and given back."""
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
+    with undisturbed(model), torch.inference_mode():
         torch.manual_seed(0)
         return forward_call(model, inputs)()

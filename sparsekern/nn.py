@@ -11,7 +11,7 @@ from .prune.targets import is_conv1d_of_transformers
 from .weight_base import SparseWeight
 from .weights import FORMATS, check_format
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
+ACTIVATIONS = ("none", "relu", "relu6", "gelu", "gelu_tanh")
 
 
 def _random_weight(op, shape, groups, sparsity, pattern, format, device, dtype) -> SparseWeight:
@@ -103,7 +103,7 @@ class SparseLinear(_SparseLayer):
         sparsity: Share of zeros in [0, 1); the pattern is drawn at random. 2:4 and the like fix it.
         pattern: `unstructured`, `2:4`, `block:32x32`, ...; see `sparsekern.patterns.parse`.
         format: `csr`, `block` or `nm`; `auto` takes the one that suits the pattern.
-        activation: Fused into the kernel: `none`, `relu`, `gelu` (erf) or `gelu_tanh`.
+        activation: Fused into the kernel: `none`, `relu`, `relu6`, `gelu` (erf) or `gelu_tanh`.
         device: As in nn.Linear.
         dtype: float32, bfloat16 or float64.
 
@@ -216,7 +216,7 @@ class SparseConv2d(_SparseLayer):
         sparsity: Share of zeros in [0, 1); the pattern is drawn at random.
         pattern: See `sparsekern.patterns.parse`.
         format: `csr`, `block` or `nm`; `auto` takes the one that suits the pattern.
-        activation: Fused: `none`, `relu`, `gelu` (erf) or `gelu_tanh`.
+        activation: Fused: `none`, `relu`, `relu6`, `gelu` (erf) or `gelu_tanh`.
         device: As in nn.Conv2d.
         dtype: float32, bfloat16 or float64.
 
@@ -352,7 +352,7 @@ def _dense_twin(layer: _SparseLayer, dense: nn.Module, weight: Tensor) -> nn.Mod
     dense.train(layer.training)
     if layer.activation == "none":
         return dense
-    if layer.activation == "relu":
-        return nn.Sequential(dense, nn.ReLU())
+    if layer.activation in ("relu", "relu6"):
+        return nn.Sequential(dense, nn.ReLU() if layer.activation == "relu" else nn.ReLU6())
     approximate = "tanh" if layer.activation == "gelu_tanh" else "none"
     return nn.Sequential(dense, nn.GELU(approximate))

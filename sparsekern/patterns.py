@@ -14,85 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .pattern_base import STRAY_ZEROS, Pattern, check_sizes
+from .patterns_nm import NM, TransposableNM
 from .ranking import check_sparsity, keep, kept_weights
 from .tiles import as_3d, extent_3d, split_tiles, tile_any, tile_lengths
 
 ACCEPTED = (
-    '"unstructured", "N:M" (N kept of M, as in "2:4"), "block:RxC" (as in "block:32x32"), '
+    '"unstructured", "N:M" (N kept of M, as in "2:4"), "N:MT" (the same for the transposed '
+    'weight, too), "block:RxC" (as in "block:32x32"), '
     '"vector:1xC", "vector:Rx1", "kernel", "filter", "channel"'
 )
-
-
-def _check_sizes(name: str, rows, cols) -> None:
-    if not (_is_int(rows) and _is_int(cols) and rows >= 1 and cols >= 1):
-        raise ValueError(f"{name}: expected sizes of at least 1, got {rows}x{cols}")
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-# Trained weights hold a few exact zeros by accident; they must not hide a pattern.
-STRAY_ZEROS = 1e-3
-
-
-class Pattern:
-    """Base of all patterns: frozen, hashable, `str(pattern)` gives the string `parse` accepts."""
-
-    def misfit(self, shape) -> str | None:
-        """Say why a weight of this shape cannot take the pattern; None if it can."""
-        if len(shape) < 2:
-            return f"needs at least 2 dimensions, got shape {tuple(shape)}"
-        return self._misfit(shape)
-
-    def mask(self, scores: Tensor, sparsity: float | None = None) -> Tensor:
-        """Choose the weights to keep.
-
-        Args:
-            scores: Floating point, in the shape of the weight; larger = more important.
-            sparsity: Share of zeros in [0, 1). N:M fixes its own (`1 - n/m`) and may be left out.
-
-        Returns:
-            Boolean mask of the same shape and device, True = kept. Unstructured keeps exactly
-            `numel - floor(sparsity * numel + 0.5)` weights; units keep the highest mean scores such
-            that the number of kept weights is nearest to that. At least one unit is kept. Of equal
-            scores, the lower index (row-major) is kept.
-
-        Raises:
-            ValueError: Shape does not fit, scores are not floating point or hold NaN, bad sparsity.
-        """
-        self._check_scores(scores)
-        if scores.numel() == 0:
-            return torch.zeros_like(scores, dtype=torch.bool)
-        return self._mask(scores, sparsity)
-
-    def verify(self, tensor: Tensor) -> bool:
-        """Say whether the zeros of `tensor` obey the pattern; a shape that does not fit never does.
-
-        A unit must be all zero or hold no zero, except that one zero in a thousand may be a stray
-        (a kept weight that happens to be 0). N:M asks for at most N nonzeros in every group.
-        """
-        if tensor.numel() == 0 or self.misfit(tensor.shape):
-            return not self.misfit(tensor.shape)
-        nonzero = as_3d(tensor.detach() != 0)
-        zeros = nonzero.numel() - int(nonzero.count_nonzero())
-        return self._obeys(nonzero, STRAY_ZEROS * zeros)
-
-    def __str__(self) -> str:
-        """Give the string that `parse` turns into this pattern."""
-        return self._text()
-
-    def _misfit(self, shape) -> str | None:
-        return None
-
-    def _check_scores(self, scores: Tensor) -> None:
-        reason = self.misfit(scores.shape)
-        if reason:
-            raise ValueError(f'mask: expected scores that fit pattern "{self}"; it {reason}')
-        if not scores.is_floating_point():
-            raise ValueError(f"mask: expected floating-point scores, got {scores.dtype}")
-        if torch.isnan(scores).any():
-            raise ValueError("mask: expected scores without NaN, got NaN")
 
 
 class Tiled(Pattern):
@@ -184,7 +115,7 @@ class Block(Tiled):
 
     def __post_init__(self):
         """Check the sizes."""
-        _check_sizes("block", self.rows, self.cols)
+        check_sizes("block", self.rows, self.cols)
 
     def _tile(self, extent):
         return self.rows, self.cols, 1
@@ -202,7 +133,7 @@ class Vector(Tiled):
 
     def __post_init__(self):
         """Check the sizes."""
-        _check_sizes("vector", self.rows, self.cols)
+        check_sizes("vector", self.rows, self.cols)
         if min(self.rows, self.cols) > 1 or self.rows == self.cols:
             got = f"{self.rows}x{self.cols}"
             raise ValueError(f"vector: expected one side to be 1 and the other longer, got {got}")
@@ -253,64 +184,6 @@ class Channel(Tiled):
         return "channel"
 
 
-@dataclass(frozen=True)
-class NM(Pattern):
-    """N kept of every M consecutive weights along the input dimension (2:4: arXiv:2104.08378).
-
-    In a convolution the groups run along the input channels at each kernel position. The input
-    dimension must be a multiple of M.
-    """
-
-    n: int
-    m: int
-
-    def __post_init__(self):
-        """Check the sizes."""
-        if not (_is_int(self.n) and _is_int(self.m) and 1 <= self.n < self.m):
-            raise ValueError(f"N:M: expected 1 <= N < M, got {self.n}:{self.m}")
-
-    @property
-    def sparsity(self) -> float:
-        """Share of zeros, `1 - n/m`."""
-        return 1 - self.n / self.m
-
-    def _misfit(self, shape):
-        if shape[1] % self.m == 0:
-            return None
-        return f"needs an input dimension that is a multiple of {self.m}, got {shape[1]}"
-
-    def _mask(self, scores: Tensor, sparsity: float | None = None) -> Tensor:
-        self.check_agrees("mask", sparsity)
-        groups = self._groups(as_3d(scores))
-        best = groups.argsort(dim=2, descending=True, stable=True)[:, :, : self.n]
-        kept = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device)
-        return kept.scatter_(2, best, True).reshape(scores.shape)
-
-    def check_agrees(self, where: str, sparsity: float | None) -> None:
-        """Refuse a sparsity other than the one the pattern fixes."""
-        if sparsity is not None and not math.isclose(sparsity, self.sparsity, abs_tol=1e-6):
-            fixed = f"sparsity {self.sparsity:g} (fixed by pattern {self})"
-            raise ValueError(f"{where}: expected {fixed}, got {sparsity!r}")
-
-    def counts(self, nonzero: Tensor) -> Tensor:
-        """Nonzeros per group, from boolean `(out, in, positions)`."""
-        groups = self._groups(nonzero)
-        # A loop over the few members of a group is much faster than a sum over a short axis.
-        total = groups[:, :, 0].to(torch.int32)
-        for member in range(1, self.m):
-            total += groups[:, :, member]
-        return total
-
-    def _groups(self, tensor: Tensor) -> Tensor:
-        return tensor.reshape(tensor.shape[0], -1, self.m, tensor.shape[2])
-
-    def _obeys(self, nonzero: Tensor, stray: float) -> bool:
-        return bool((self.counts(nonzero) <= self.n).all())
-
-    def _text(self):
-        return f"{self.n}:{self.m}"
-
-
 NAMED = {str(p): p for p in (Unstructured(), Kernel(), Filter(), Channel())}
 SIZED = {"block": Block, "vector": Vector}
 # What `detect` looks for, the most useful to a kernel first. 1:2 also obeys 2:4 and is named so.
@@ -335,8 +208,8 @@ def parse(pattern: "str | Pattern") -> Pattern:
     if isinstance(pattern, str):
         if pattern in NAMED:
             return NAMED[pattern]
-        if match := re.fullmatch(r"(\d{1,9}):(\d{1,9})", pattern):
-            return NM(int(match[1]), int(match[2]))
+        if match := re.fullmatch(r"(\d{1,9}):(\d{1,9})(T?)", pattern):
+            return (TransposableNM if match[3] else NM)(int(match[1]), int(match[2]))
         if match := re.fullmatch(r"(block|vector):(\d{1,9})x(\d{1,9})", pattern):
             return SIZED[match[1]](int(match[2]), int(match[3]))
     raise ValueError(f"parse: expected a pattern, one of {ACCEPTED}; got {pattern!r}")

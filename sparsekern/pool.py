@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
 from .chain import Slot, is_hooked, shallow_copy, slots
 from .measure.timer import interleaved
+from .tune import inference_call, training_call
 
 
 class ChannelsLastMaxPool2d(nn.MaxPool2d):
@@ -24,17 +26,41 @@ class ChannelsLastMaxPool2d(nn.MaxPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.MaxPool2d; the result is contiguous."""
+        if x.requires_grad and torch.is_grad_enabled():
+            sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
+            return _MaxPool.apply(x, [list(_pair(size)) for size in sizes], self.ceil_mode)
         last = x.contiguous(memory_format=torch.channels_last)
         return super().forward(last).contiguous()
 
 
-def faster_pools(model: nn.Module, specs, budget_s: float) -> list[tuple[Slot, nn.Module]]:
+class _MaxPool(torch.autograd.Function):
+    """Forward by way of channels_last; the gradient, a scatter, in the contiguous layout."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sizes: list[list[int]], ceil_mode: bool) -> Tensor:
+        last = x.contiguous(memory_format=torch.channels_last)
+        y, index = torch.ops.aten.max_pool2d_with_indices(last, *sizes, ceil_mode)
+        ctx.save_for_backward(x, index.contiguous())
+        ctx.geometry = *sizes, ceil_mode
+        return y.contiguous()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, index = ctx.saved_tensors
+        back = torch.ops.aten.max_pool2d_with_indices_backward
+        return back(grad.contiguous(), x, *ctx.geometry, index), None, None
+
+
+def faster_pools(
+    model: nn.Module, specs, budget_s: float, training: bool = False
+) -> list[tuple[Slot, nn.Module]]:
     """Places of max pools that run faster by way of channels_last, and what to hang there.
 
     Args:
         model: The model; not changed.
         specs: How often each module saw which input, by its id.
         budget_s: Seconds of timing per pool.
+        training: Whether the gradient of the input is computed, too.
     """
     found = []
     for slot in slots(model, lambda m: type(m) is nn.MaxPool2d and not is_hooked(m)):
@@ -47,15 +73,15 @@ def faster_pools(model: nn.Module, specs, budget_s: float) -> list[tuple[Slot, n
         twin = shallow_copy(slot.module)
         twin.__class__ = ChannelsLastMaxPool2d
         twin.original = (slot.module,)
-        if _gain(slot.module, twin, next(iter(seen)), budget_s) > 1:
+        if _gain(slot.module, twin, next(iter(seen)), budget_s, training) > 1:
             found.append((slot, twin))
     return found
 
 
-def _gain(pool: nn.Module, twin: nn.Module, spec, budget_s: float) -> float:
+def _gain(pool: nn.Module, twin: nn.Module, spec, budget_s: float, training: bool) -> float:
     x = spec.make("cpu")
-    with torch.inference_mode():
-        times = interleaved([lambda: pool(x), lambda: twin(x)], budget_s=budget_s)
+    calls = [training_call(m, x) if training else inference_call([m], x) for m in (pool, twin)]
+    times = interleaved(calls, budget_s=budget_s)
     return times[0].median_ms / times[1].median_ms
 
 

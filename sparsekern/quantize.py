@@ -9,9 +9,9 @@ from torch import nn
 
 from .measure.structure import check_inputs, forward_call
 from .nn import SparseConv2d, SparseLinear
-from .sites import find_sparse
-from .weights import CSRWeight
-from .weights_int8 import Int8CSRWeight
+from .sites import Site, find_sparse
+from .weight_base import SparseWeight
+from .weights_int8 import INT8
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,10 @@ class QuantizationReport:
 def quantize(model: nn.Module, example_inputs=None, dtype=torch.int8) -> QuantizationReport:
     """Store the values of all sparse linear layers as int8, one scale per output; for inference.
 
-    A value then takes one byte instead of four. It is spread to float32 on every call, which many
-    tokens do not notice (they pack the values anyhow) and few tokens do; activations stay as they
-    are. Convolutions, dense layers and the formats block and nm are left.
-    `sk.to_dense`, `sk.save`, `sk.load`, state_dict and deepcopy work as before. The weights are
-    frozen: a layer in training mode raises, in eval mode gradients reach inputs and biases.
+    A value then takes one byte instead of four; products stay float32 and activations as they are.
+    Convolutions, dense layers and the format nm are left. Files, state_dict and copies work as
+    before. The weights are frozen: a layer in training mode raises, in eval mode gradients reach
+    inputs and biases.
 
     Args:
         model: A model with sparse layers (`sk.convert_to_sparse`), or such a layer; changed in
@@ -89,48 +88,49 @@ def quantize(model: nn.Module, example_inputs=None, dtype=torch.int8) -> Quantiz
 
     Raises:
         TypeError: example_inputs of another kind.
-        ValueError: another dtype, no sparse linear layer of format csr with float values, or a
-            weight that is not finite. The model is then unchanged.
+        ValueError: another dtype, no sparse linear layer of format csr or block with float values,
+            or a weight that is not finite. The model is then unchanged.
     """
     if dtype != torch.int8:
         raise ValueError(f"quantize: expected dtype torch.int8, got {dtype}")
     if example_inputs is not None:
         check_inputs(example_inputs, "quantize")
-    report, sites = QuantizationReport(), []
-    for site in find_sparse(model):
-        reason = _obstacle(site.module)
-        if reason:
-            report.skipped[site.name] = reason
-        else:
-            sites.append(site)
-    if not sites:
-        raise ValueError(
-            "quantize: expected a model with sparse linear layers, got "
-            + ("; ".join(f"{n}: {r}" for n, r in report.skipped.items()) or "none")
-        )
+    sites, skipped = _choose(model)
     before = {site.name: site.module.weight for site in sites}
-    shared = {id(w): w for w in before.values()}
-    fresh = {key: Int8CSRWeight.from_weight(w) for key, w in shared.items()}
+    fresh = {id(w): INT8[type(w)].from_weight(w) for w in before.values()}
     for site in sites:
         site.module.weight = fresh[id(before[site.name])].train(site.module.training)
     errors = _errors(model, sites, before, example_inputs)
-    for site in sites:
-        old, new = before[site.name], site.module.weight
-        sizes = (old.values.nbytes, new.values.nbytes + new.scales.nbytes)
-        report.layers.append(
-            QuantizedLayer(site.name, tuple(new.shape), *sizes, errors.get(site.name))
-        )
-    return report
+    rows = [_row(site, before[site.name], errors.get(site.name)) for site in sites]
+    return QuantizationReport(rows, skipped)
+
+
+def _choose(model: nn.Module) -> tuple[list[Site], dict[str, str]]:
+    """The layers to quantize, and why the other sparse ones are not; ValueError without any."""
+    found = find_sparse(model)
+    reasons = {site.name: _obstacle(site.module) for site in found}
+    sites = [site for site in found if not reasons[site.name]]
+    skipped = {name: reason for name, reason in reasons.items() if reason}
+    if not sites:
+        got = "; ".join(f"{name}: {reason}" for name, reason in skipped.items()) or "none"
+        raise ValueError(f"quantize: expected a model with sparse linear layers, got {got}")
+    return sites, skipped
+
+
+def _row(site: Site, old: SparseWeight, error: float | None) -> QuantizedLayer:
+    new = site.module.weight
+    sizes = old.values.nbytes, new.values.nbytes + new.scales.nbytes
+    return QuantizedLayer(site.name, tuple(new.shape), *sizes, error)
 
 
 def _obstacle(layer: nn.Module) -> str:
     if isinstance(layer, SparseConv2d):
         return "convolutions keep their dtype"
-    if isinstance(layer.weight, Int8CSRWeight):
+    if isinstance(layer.weight, tuple(INT8.values())):
         return "its values are int8 already"
     if layer.weight.dtype not in (torch.float32, torch.bfloat16):
         return f"no int8 kernel for inputs of {layer.weight.dtype}"
-    if not isinstance(layer.weight, CSRWeight):
+    if type(layer.weight) not in INT8:
         return f"no int8 kernel for format {layer.weight.format}"
     return "its weight is on the meta device" if layer.weight.values.is_meta else ""
 

@@ -11,6 +11,7 @@ from ._load import _C
 from .chain import is_hooked
 from .device import device_obstacle
 from .nn import SparseConv2d, SparseLinear
+from .prune.slots import mask_beside
 from .prune.targets import is_conv1d_of_transformers
 
 # The parent reads `child.weight` itself instead of calling the child.
@@ -40,6 +41,12 @@ class Site:
         """The weight as (out, in, ...); a view."""
         weight = self.module.weight.detach()
         return weight.t() if self.kind == "Conv1D" else weight
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The mask that a Pruner put beside the weight, as (out, in, ...); None without one."""
+        mask = mask_beside(self.module)
+        return mask.t() if mask is not None and self.kind == "Conv1D" else mask
 
     def put(self, module: nn.Module) -> None:
         """Hang `module` where the layer was."""

@@ -23,7 +23,6 @@ from .prune.targets import is_conv1d_of_transformers
 from .storage_codec import PARTS, check_header, decode, encode
 from .storage_folded import check_folded, folded_like, folded_names
 from .weight_base import SparseWeight
-from .weight_checks import check_block
 from .weights import BlockWeight, NMWeight
 
 HEADER_KEY = "sparsekern"
@@ -327,7 +326,7 @@ def _recast(name: str, target: SparseWeight, entry: SparseWeight) -> SparseWeigh
             pattern = target.pattern if own else entry.pattern
             return type(target).from_dense(entry.to_dense(), entry.mask(), pattern, target.groups)
         if isinstance(target, BlockWeight):
-            check_block(entry.values, *entry.indices(), target.shape, target.groups)
+            target._check({part: getattr(entry, part) for part in entry.parts})
         return entry
     except ValueError as error:
         raise ValueError(

@@ -4,7 +4,8 @@ A CSR weight takes the smaller of two codes:
 `csr`: `crow` (int32) and `col`, in the narrowest unsigned type that holds every column.
 `mask`: `mask`, one bit per weight of the dense shape, row-major, lowest bit first.
 With int8 values they are named `csr_int8` and `mask_int8` and have `scales`, a float32 per row.
-The other formats are stored as they are, `block` and `nm` with the parts of their weights.
+The other formats are stored as they are: `block`, `block_int8` and `nm` with the parts of their
+weights.
 """
 
 import numpy as np
@@ -14,14 +15,16 @@ from torch import Tensor
 from .patterns import NM, parse
 from .weight_base import INT32_MAX, SparseWeight
 from .weights import FORMATS, BlockWeight, CSRWeight, NMWeight
-from .weights_int8 import Int8CSRWeight
+from .weights_int8 import Int8BlockWeight, Int8CSRWeight
 
 PARTS = {
     **{name: weight.parts for name, weight in FORMATS.items()},
     "mask": ("values", "mask"),
     "csr_int8": Int8CSRWeight.parts,
     "mask_int8": ("values", "scales", "mask"),
+    "block_int8": Int8BlockWeight.parts,
 }
+AS_THEY_ARE = {"block": BlockWeight, "block_int8": Int8BlockWeight, "nm": NMWeight}
 
 
 def column_dtype(cols: int) -> torch.dtype:
@@ -42,8 +45,8 @@ def encode(weight: SparseWeight) -> tuple[dict, dict[str, Tensor]]:
     if isinstance(weight, CSRWeight):
         encoding, parts = _encode_csr(weight)
     else:
-        encoding, names = weight.format, weight.parts[1:]
-        parts = {n: t.cpu().contiguous() for n, t in zip(names, weight.indices(), strict=True)}
+        encoding = weight.format
+        parts = {name: getattr(weight, name).cpu().contiguous() for name in weight.parts[1:]}
     if isinstance(weight, Int8CSRWeight):
         encoding += "_int8"
         parts["scales"] = weight.scales.cpu().contiguous()
@@ -92,10 +95,9 @@ def decode(header: dict, parts: dict[str, Tensor]) -> SparseWeight:
         ValueError: A part has the wrong dtype or size, or an index is out of place.
     """
     values, shape, encoding = parts["values"], header["shape"], header["encoding"]
-    names = [name for name in PARTS[encoding] if name != "values"]
-    if encoding in ("block", "nm"):
-        make = BlockWeight if encoding == "block" else NMWeight
-        return make(values, *(parts[n] for n in names), shape, header["pattern"], plans=False)
+    if encoding in AS_THEY_ARE:
+        ordered = (parts[name] for name in PARTS[encoding])
+        return AS_THEY_ARE[encoding](*ordered, shape, header["pattern"], plans=False)
     if "mask" in parts:
         crow, col = _from_mask(parts["mask"], shape)
     else:

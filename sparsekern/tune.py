@@ -71,9 +71,9 @@ def time_layer(
     device = next(dense.parameters()).device
     x = spec.make(device)
     if training:
-        calls = [_training_call(layer, x) for layer in (dense, sparse)]
+        calls = [training_call(layer, x) for layer in (dense, sparse)]
     else:
-        calls = [_inference_call(_copies(layer, cold_bytes), x) for layer in (dense, sparse)]
+        calls = [inference_call(_copies(layer, cold_bytes), x) for layer in (dense, sparse)]
     timings = interleaved(calls, budget_s=budget_s, device=device, on_device=device.type == "cuda")
     return timings[0].median_ms, timings[1].median_ms
 
@@ -85,7 +85,8 @@ def _copies(layer: nn.Module, cold_bytes: int) -> list[nn.Module]:
     return [layer, *(copy.deepcopy(layer) for _ in range(count - 1))]
 
 
-def _inference_call(layers: list[nn.Module], x: Tensor) -> Callable[[], object]:
+def inference_call(layers: list[nn.Module], x: Tensor) -> Callable[[], object]:
+    """The forward pass of layers in turn, ready to be timed."""
     turns = itertools.cycle(layers)
 
     def call():
@@ -95,7 +96,8 @@ def _inference_call(layers: list[nn.Module], x: Tensor) -> Callable[[], object]:
     return call
 
 
-def _training_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+def training_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
+    """Forward pass and the gradients of input and parameters, ready to be timed."""
     leaf = x.clone().requires_grad_()
     parameters = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
     grad = torch.ones_like(layer(leaf).detach())

@@ -135,6 +135,19 @@ class SparseWeight(nn.Module):
     def _plan(self, transpose: bool) -> Tensor:
         raise NotImplementedError
 
+    def _plan_depends(self) -> tuple:
+        """What else than the indices decides how the plans look."""
+        return (self.indices()[0].device,)
+
+    def _apply(self, fn, recurse=True):
+        """As every module. The plans of one device mean nothing to another and are made again."""
+        before, training = self._plan_depends(), self.plan_t.numel() > 0
+        super()._apply(fn, recurse)
+        # What comes from the meta device has no contents yet; loading them makes the plans.
+        if before != self._plan_depends() and before[0].type != "meta" and self.plan.numel() > 0:
+            self._make_plans(training)
+        return self
+
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):

@@ -55,21 +55,42 @@ def check_int8(values: Tensor, scales: Tensor, crow: Tensor, col: Tensor, shape)
         col: As for `check_csr`.
         shape: Shape of the dense weight, two dimensions.
     """
-    check = _checker("Int8CSRWeight")
+    _check_scaled("Int8CSRWeight", values, scales, shape)
+    check(values.dim() == 1, "values (nnz,)", f"shape {tuple(values.shape)}", "Int8CSRWeight")
+    _check_rows("Int8CSRWeight", values.numel(), crow, col, *shape)
+
+
+def check_int8_block(values: Tensor, scales: Tensor, crow: Tensor, col: Tensor, shape) -> None:
+    """Raise ValueError unless the parts are an int8 block weight of a linear weight of `shape`.
+
+    Args:
+        values: `(n_blocks, R, C)`, int8.
+        scales: `(rows,)`, float32, finite and above 0; rows = shape[0].
+        crow: As for `check_block`.
+        col: As for `check_block`.
+        shape: Shape of the dense weight, two dimensions.
+    """
+    op = "Int8BlockWeight"
+    _check_scaled(op, values, scales, shape)
+    fits = values.dim() == 3 and min(values.shape[1:]) > 0
+    check(fits, "values (n_blocks, R, C)", f"shape {tuple(values.shape)}", op)
+    rows, cols, _ = block_grid(*shape, tuple(values.shape[1:]))
+    _check_rows(op, values.shape[0], crow, col, rows, cols)
+
+
+def _check_scaled(op: str, values: Tensor, scales: Tensor, shape) -> None:
+    check = _checker(op)
     check(len(shape) == 2, "the weight of a linear layer (out, in)", tuple(shape))
     check(max(shape) <= INT32_MAX, "sizes below 2^31", tuple(shape))
     check(values.dtype == torch.int8, "values of int8", values.dtype)
-    check(values.dim() == 1, "values (nnz,)", f"shape {tuple(values.shape)}")
     fits = scales.dtype == torch.float32 and tuple(scales.shape) == (shape[0],)
     check(fits, f"scales ({shape[0]},) of float32", f"{scales.dtype} {tuple(scales.shape)}")
     if not scales.is_meta:
         check(bool((scales.isfinite() & (scales > 0)).all()), "scales above 0", "others")
-    _check_rows("Int8CSRWeight", values.numel(), crow, col, *shape)
 
 
 def _check_rows(op: str, nnz: int, crow: Tensor, col: Tensor, rows: int, cols: int) -> None:
     check = _checker(op)
-
     for name, index in (("crow", crow), ("col", col)):
         check(
             index.dtype == torch.int32 and index.dim() == 1,

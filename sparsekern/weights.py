@@ -7,6 +7,7 @@ picks the format that fits a pattern best.
 import torch
 from torch import Tensor
 
+from .ops._library import row_of_each
 from .ops.block import block_linear, block_plan, blocks_to_dense, dense_to_blocks, split_blocks
 from .ops.block_conv import block_conv2d
 from .ops.conv import csr_conv2d
@@ -59,8 +60,7 @@ class CSRWeight(SparseWeight):
 
     def rows(self) -> Tensor:
         """Row of each value, `(nnz,)` int64."""
-        index = torch.arange(self.shape[0], device=self.crow.device)
-        return torch.repeat_interleave(index, self.crow.diff().long())
+        return row_of_each(self.crow)
 
     def gather(self, dense: Tensor) -> Tensor:
         """The values `(nnz,)` of a dense weight at the stored positions."""
@@ -93,13 +93,9 @@ class CSRWeight(SparseWeight):
         pairs = not transpose and self.dtype == torch.bfloat16 and len(self.shape) == 2
         return csr_plan(self.crow, self.col, cols, self.groups, self.taps, transpose, pairs)
 
-    def _apply(self, fn, recurse=True):
-        """As every module; a change to or from bfloat16 changes the schedule."""
-        before = self.dtype
-        super()._apply(fn, recurse)
-        if torch.bfloat16 in (before, self.dtype) and before != self.dtype:
-            self._make_plans(training=self.plan_t.numel() > 0)
-        return self
+    def _plan_depends(self) -> tuple:
+        """As for every weight; bfloat16 has a schedule of its own."""
+        return (*super()._plan_depends(), self.dtype == torch.bfloat16)
 
 
 def _row_starts(kept: Tensor) -> Tensor:

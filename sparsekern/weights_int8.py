@@ -1,19 +1,104 @@
-"""Int8CSRWeight: the surviving weights of a linear layer as int8 with one scale per output."""
+"""The surviving weights of a linear layer as int8 with one scale per output; for inference."""
 
 import torch
 from torch import Tensor
 
+from .ops._library import row_of_each
+from .ops.block_int8 import block_linear_int8, dequantize_blocks
 from .ops.csr_int8 import csr_linear_int8, dequantize
-from .weight_checks import check_int8
-from .weights import CSRWeight
+from .weight_base import SparseWeight
+from .weight_checks import check_int8, check_int8_block
+from .weights import BlockWeight, CSRWeight
 
 LEVELS = 127  # -127..127, so that every value has its negative
 
 
-class Int8CSRWeight(CSRWeight):
-    """The surviving weights of a linear layer as int8, with one float32 scale per output.
+class _Int8Weight(SparseWeight):
+    """What int8 weights of all formats share.
 
-    Symmetric, scale = largest absolute value of the row / 127, rounded to nearest. For inference.
+    Symmetric, scale = largest absolute value of the row / 127, rounded to nearest. A subclass gives
+    the format with float values as `wide`, and `quantized` and `dequantized`.
+    """
+
+    wide: type[SparseWeight]
+
+    @classmethod
+    def quantized(cls, values: Tensor, index: tuple[Tensor, ...], shape) -> tuple[Tensor, Tensor]:
+        """Values of int8 and scales `(out,)` of float values; ValueError unless all are finite."""
+        raise NotImplementedError
+
+    def dequantized(self) -> Tensor:
+        """The values in float32."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dense(cls, weight, mask=None, pattern=None, groups=1):
+        """As `from_dense` of the format with float values, quantized; errors as `from_weight`."""
+        options = {} if pattern is None else {"pattern": pattern}
+        return cls.from_weight(cls.wide.from_dense(weight, mask, groups=groups, **options))
+
+    @classmethod
+    def from_weight(cls, weight: SparseWeight):
+        """Quantize a weight of a linear layer with float values.
+
+        Raises:
+            ValueError: A value is NaN or infinite, or the weight is that of a convolution.
+        """
+        quantized = cls.quantized(cls._read(weight), weight.indices(), weight.shape)
+        return cls(*quantized, *weight.indices(), weight.shape, weight.pattern)
+
+    @staticmethod
+    def _read(weight: SparseWeight) -> Tensor:
+        """The values that count."""
+        return weight.values.detach()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """float32, whatever the dtype of the input is."""
+        return torch.float32
+
+    def indices(self) -> tuple[Tensor, ...]:
+        """The buffers that say where the values belong: not the scales."""
+        return tuple(self._buffers[name] for name in self.parts[2:])
+
+    def refilled(self, values: Tensor):
+        """As for every weight; the values are quantized."""
+        index = tuple(t.cpu() for t in self.indices())
+        quantized = self.quantized(values, index, self.shape)
+        return type(self)(*quantized, *index, self.shape, self.pattern, plans=False)
+
+    def to_dense(self) -> Tensor:
+        """The dense float32 weight of what is stored now; the quantization error stays."""
+        return self._dense(self.dequantized())
+
+    def prepare_training(self):
+        """Refused: int8 values take no optimizer steps."""
+        raise RuntimeError(
+            f"{type(self).__name__}: expected inference, got a request to train; train first, "
+            "quantize then"
+        )
+
+    def conv2d(self, *arguments):
+        """Refused: this is the weight of a linear layer."""
+        raise RuntimeError(f"{type(self).__name__}: expected a linear layer, got a convolution")
+
+    def _refuse_training(self) -> None:
+        if self.training:
+            raise RuntimeError(
+                f"{type(self).__name__}: expected a model in eval mode, got one in training mode; "
+                "call model.eval()"
+            )
+
+    def _apply(self, fn, recurse=True):
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != torch.float32:  # they are no activations: half would lose bits
+            self.scales = scales.to(self.scales.device)
+        return self
+
+
+class Int8CSRWeight(_Int8Weight, CSRWeight):
+    """The surviving weights of a linear layer as int8, with one float32 scale per output.
 
     Attributes:
         values: Buffer `(nnz,)` int8, row by row, columns rising.
@@ -23,6 +108,7 @@ class Int8CSRWeight(CSRWeight):
 
     format = "csr_int8"
     parts = ("values", "scales", "crow", "col")
+    wide = CSRWeight
 
     def __init__(self, values, scales, crow, col, shape, pattern="unstructured", plans=True):
         check_int8(values, scales, crow, col, shape)
@@ -34,73 +120,68 @@ class Int8CSRWeight(CSRWeight):
         return cls(values, scales, crow, col, shape, pattern)
 
     @classmethod
-    def from_dense(cls, weight, mask=None, pattern="unstructured", groups=1) -> "Int8CSRWeight":
-        """As `CSRWeight.from_dense`, quantized; ValueError as from `from_weight`."""
-        return cls.from_weight(CSRWeight.from_dense(weight, mask, pattern, groups))
-
-    @classmethod
-    def from_weight(cls, weight: CSRWeight) -> "Int8CSRWeight":
-        """Quantize a weight of a linear layer with float values.
-
-        Raises:
-            ValueError: A value is NaN or infinite, or the weight is that of a convolution.
-        """
-        values, scales = quantize_rows(weight.values.detach(), weight.crow)
-        return cls(values, scales, *weight.indices(), weight.shape, weight.pattern)
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """float32, whatever the dtype of the input is."""
-        return torch.float32
-
-    def indices(self) -> tuple[Tensor, ...]:
-        """The buffers that say where the values belong: crow and col, not the scales."""
-        return self.crow, self.col
-
-    def refilled(self, values: Tensor) -> "Int8CSRWeight":
-        """As for every weight; the values are quantized."""
-        crow, col = (index.cpu() for index in self.indices())
-        quantized = quantize_rows(values, crow)
-        return type(self)(*quantized, crow, col, self.shape, self.pattern, plans=False)
+    def quantized(cls, values, index, shape):
+        """As for every int8 weight, values `(nnz,)`."""
+        return quantize_rows(values, index[0])
 
     def dequantized(self) -> Tensor:
         """The values in float32, `(nnz,)`."""
         return dequantize(self.values, self.scales, self.crow)
 
-    def to_dense(self) -> Tensor:
-        """The dense float32 weight of what is stored now; the quantization error stays."""
-        return self._dense(self.dequantized())
-
-    def prepare_training(self):
-        """Refused: int8 values take no optimizer steps."""
-        raise RuntimeError(
-            "Int8CSRWeight: expected inference, got a request to train; train first, quantize then"
-        )
-
     def linear(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """act(x W^T + b) for x `(..., in)` float32 or bfloat16; bias `(out,)`."""
-        if self.training:
-            raise RuntimeError(
-                "Int8CSRWeight: expected a model in eval mode, got one in training mode; "
-                "call model.eval()"
-            )
+        self._refuse_training()
         b = self._buffers
         index = (b["values"], b["scales"], b["crow"], b["col"])
         return csr_linear_int8(x, *index, bias, b["plan"], activation)
 
-    def conv2d(self, *arguments):
-        """Refused: this is the weight of a linear layer."""
-        raise RuntimeError("Int8CSRWeight: expected a linear layer, got a convolution")
-
-    def _apply(self, fn, recurse=True):
-        scales = self.scales
-        super()._apply(fn, recurse)
-        if self.scales.dtype != torch.float32:  # they are no activations: half would lose bits
-            self.scales = scales.to(self.scales.device)
-        return self
-
     def _check(self, parts) -> None:
         check_int8(*parts.values(), self.shape)
+
+
+class Int8BlockWeight(_Int8Weight, BlockWeight):
+    """The kept blocks of a linear layer as int8, with one float32 scale per output.
+
+    Attributes:
+        values: Buffer `(n_blocks, R, C)` int8, by rows of blocks, columns rising.
+        scales: Buffer `(out,)` float32, positive; stays float32 when the layer changes its dtype.
+        block_crow, block_col, shape, pattern, plan: As in `BlockWeight`.
+    """
+
+    format = "block_int8"
+    parts = ("values", "scales", "block_crow", "block_col")
+    wide = BlockWeight
+
+    def __init__(self, values, scales, block_crow, block_col, shape, pattern, plans=True):
+        check_int8_block(values, scales, block_crow, block_col, shape)
+        indices = {"block_crow": block_crow, "block_col": block_col}
+        self._set_up(shape, pattern, 1, plans, values, scales=scales, **indices)
+
+    @staticmethod
+    def _read(weight: BlockWeight) -> Tensor:
+        return weight.gather(weight.to_dense().detach())  # 0 where a block leaves the matrix
+
+    @classmethod
+    def quantized(cls, values, index, shape):
+        """As for every int8 weight, values `(n_blocks, R, C)`."""
+        return quantize_blocks(values, index[0], shape[0])
+
+    def dequantized(self) -> Tensor:
+        """The values in float32, `(n_blocks, R, C)`."""
+        return dequantize_blocks(self.values, self.scales, self.block_crow)
+
+    def linear(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        """act(x W^T + b) for x `(..., in)` float32 or bfloat16; bias `(out,)`."""
+        self._refuse_training()
+        b = self._buffers
+        index = (b["values"], b["scales"], b["block_crow"], b["block_col"])
+        return block_linear_int8(x, *index, bias, b["plan"], self.shape[0], activation)
+
+    def _check(self, parts) -> None:
+        check_int8_block(*parts.values(), self.shape)
+
+
+INT8 = {weight.wide: weight for weight in (Int8CSRWeight, Int8BlockWeight)}
 
 
 def quantize_rows(values: Tensor, crow: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,11 +190,25 @@ def quantize_rows(values: Tensor, crow: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: A value is NaN or infinite.
     """
+    return _quantize(values, row_of_each(crow), crow.numel() - 1)
+
+
+def quantize_blocks(values: Tensor, crow: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 values `(n_blocks, R, C)` and scales `(rows,)` of blocks of a matrix.
+
+    Values beyond the last row are to be 0. Errors as `quantize_rows`.
+    """
+    height, width = values.shape[1:]
+    inside = torch.arange(height, device=values.device)
+    row = (row_of_each(crow)[:, None] * height + inside)[:, :, None].expand(-1, -1, width)
+    quantized, scales = _quantize(values.flatten(), row.flatten(), (crow.numel() - 1) * height)
+    return quantized.view(values.shape), scales[:rows].clone()
+
+
+def _quantize(values: Tensor, row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     values = values.float()
     if not bool(values.isfinite().all()):
         raise ValueError("quantize: expected finite weights, got NaN or infinity among them")
-    rows = crow.numel() - 1
-    row = torch.repeat_interleave(torch.arange(rows, device=values.device), crow.diff().long())
     largest = values.new_zeros(rows).scatter_reduce(0, row, values.abs(), "amax")
     # A row of zeros, or of numbers too small to be divided by 127, has no scale of its own.
     scales = (largest / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)

@@ -20,6 +20,15 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.fixture
+def one_thread():
+    """Two threads on a busy machine wait for each other; timings then say nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=sk.available_isas())
 def isa(request):
     """Forces every instruction set this machine can run, one after the other."""

@@ -183,6 +183,8 @@ LINEAR = [
     _linear((2, 3, 5), 20, 12, 0.5, bias=False),
     _linear((2, 0), 20, 12, 0.5),
     _linear(197, 300, 70, 0.95, kind="skewed", act="relu"),
+    _linear(80, 200, 40, 0.8, act="relu6"),
+    _linear(2, 200, 40, 0.8, act="relu6"),
     _linear(130, 520, 1, 0.9),
     _linear(40, 1, 17, 0.3),
     _linear(33, 50, 40, 1.0),
@@ -203,6 +205,7 @@ CONV = [
     _conv(1, 4, (9, 11), 6, 3, 0.5, stride=2, padding=1, act="relu"),
     _conv(1, 6, (40, 37), 9, (5, 3), 0.6, stride=(2, 3), padding=(2, 0), dilation=(1, 2), groups=3),
     _conv(3, 5, 8, 7, 1, 0.8),
+    _conv(1, 24, 16, 12, 3, 0.6, padding=1, act="relu6"),
     _conv(1, 8, 12, 8, 3, 0.4, padding=1, groups=8, bias=False),
     _conv(2, 4, 33, 5, 3, 0.5, stride=2, padding=1, plan=False),
     _conv(0, 4, 8, 4, 3, 0.5, padding=1),
@@ -213,6 +216,15 @@ CONV = [
     _conv(3, 3, (9, 4), 5, 3, 0.3, padding=1),
     _conv(2, 16, 9, 8, 3, 0.5, padding=1),
     _conv(1, 2, (70, 1), 4, (3, 1), 0.3, padding=(1, 0)),
+    # few values per column, rows that fill vectors: straight from shifted copies of the image
+    _conv(2, 24, 14, 20, 3, 0.8, padding=1, act="relu"),
+    _conv(1, 40, (30, 28), 36, 3, 0.9, padding=1, act="gelu"),
+    _conv(1, 16, (29, 55), 8, 3, 0.7, stride=2, padding=1),
+    _conv(2, 12, (17, 62), 12, 5, 0.8, padding=2, dilation=1, groups=2, act="relu6"),
+    _conv(1, 6, (10, 47), 6, (1, 3), 0.5, stride=(1, 3), dilation=(1, 2)),
+    _conv(2, 64, 16, 24, 1, 0.8, act="relu"),
+    _conv(1, 33, (8, 18), 9, 1, 0.7, act="gelu_tanh"),
+    _conv(1, 20, (28, 56), 40, 1, 0.8, stride=2),
 ]
 
 BLOCK = [
@@ -229,6 +241,7 @@ BLOCK = [
     _block(40, 1, 17, (8, 1), 0.3),
     _block(33, 50, 40, (8, 8), 1.0),
     _block(70, 1100, 530, (16, 16), 0.9),
+    _block(70, 120, 30, (4, 4), 0.5, act="relu6"),
 ]
 NM = [
     _nm(0, 8, 8, 2, 4),
@@ -243,6 +256,7 @@ NM = [
     _nm((2, 0), 20, 12, 2, 4),
     _nm(130, 300, 530, 2, 4),
     _nm(33, 15, 4, 5, 9),
+    _nm(20, 128, 40, 2, 4, act="relu6"),
 ]
 BLOCK_CONV = [
     _other_conv(2, 6, (9, 14), 8, 3, (4, 4), padding=1),

@@ -80,6 +80,8 @@ def test_every_op_runs_without_the_compiled_half(tmp_path):
         "x = torch.randn(3, 16, requires_grad=True)\n"
         "y = layer(x); y.sum().backward()\n"
         "torch.testing.assert_close(y, layer.to_dense()(x))\n"
+        "rows = torch.nn.functional.relu_(sk.SparseLinear(16, 8, sparsity=0.5)(x.view(1, 3, 16)))\n"
+        "rows.sum().backward()\n"  # a result that is a view would refuse this
         "conv = sk.SparseConv2d(4, 4, 3, sparsity=0.5); image = torch.randn(1, 4, 8, 8)\n"
         "torch.testing.assert_close(conv(image), conv.to_dense()(image), rtol=1e-4, atol=1e-5)\n"
         "print(sk.cpu_isa(), sk.available_isas())\n"

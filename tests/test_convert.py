@@ -2,48 +2,15 @@
 
 import copy
 import json
-import warnings
 
 import pytest
 import torch
+from convert_common import forced, kinds, sparsified, wide
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import sparsekern as sk
-from sparsekern import convert, tune
-
-
-def sparsified(module, sparsity=0.95):
-    for p in module.parameters():
-        if p.dim() > 1:
-            p.data *= torch.rand_like(p) > sparsity
-    return module.eval()
-
-
-def wide(sparsity=0.95):
-    """A model in which sparse wins clearly."""
-    return sparsified(
-        nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512)), sparsity
-    )
-
-
-def forced(monkeypatch, dense_ms=2.0, sparse_ms=1.0, model=None):
-    """Decide by given times instead of the clock, so that the rest can be tested exactly."""
-    monkeypatch.setattr(convert, "time_layer", lambda *a: (dense_ms, sparse_ms))
-    monkeypatch.setattr(convert, "time_model", model or (lambda *a: (2.0, 1.0, 2.0)))
-
-
-def kinds(model):
-    return [type(m).__name__ for m in model.modules() if not list(m.children())]
-
-
-@pytest.fixture
-def one_thread():
-    """Two threads on a busy machine wait for each other; timings then say nothing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from sparsekern import convert
 
 
 def test_converts_what_wins_and_keeps_the_outputs(one_thread):
@@ -250,44 +217,38 @@ def test_shared_modules_and_tied_weights(monkeypatch):
     assert torch.equal(model(x), want)
 
 
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class Plain(nn.Linear):
+    """A subclass without a forward of its own."""
+
+
+class Obstacles(nn.Module):
+    """Layers that must stay dense, and `plain`, which need not."""
+
+    def __init__(self):
+        super().__init__()
+        self.noisy, self.plain = sparsified(Noisy(16, 16)), sparsified(Plain(16, 16))
+        self.hooked, self.unused = sparsified(nn.Linear(16, 16)), sparsified(nn.Linear(16, 16))
+        self.hooked.register_forward_hook(lambda *a: None)
+        self.low = sparsified(nn.Linear(16, 16).half())
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+        self.pruned = torch_prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.9)
+        self.attention = nn.MultiheadAttention(16, 2)
+
+    def forward(self, x):
+        return self.plain(self.noisy(x))
+
+
 def test_layers_that_must_stay_dense_are_named(monkeypatch):
     forced(monkeypatch)
-
-    class Noisy(nn.Linear):
-        def forward(self, x):
-            return super().forward(x) + 1
-
-    class Plain(nn.Linear):
-        """A subclass without a forward of its own."""
-
-    model = nn.ModuleDict(
-        {
-            "noisy": Noisy(16, 16),
-            "plain": Plain(16, 16),
-            "hooked": nn.Linear(16, 16),
-            "normed": nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
-            "pruned": torch_prune.l1_unstructured(nn.Linear(16, 16), "weight", 0.9),
-            "unused": nn.Linear(16, 16),
-            "low": nn.Linear(16, 16).half(),
-            "attention": nn.MultiheadAttention(16, 2),
-        }
-    )
-    for name in ("noisy", "plain", "hooked", "unused", "low"):
-        sparsified(model[name])
-    model["hooked"].register_forward_hook(lambda *a: None)
-
-    class Chain(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.parts = model
-
-        def forward(self, x):
-            return self.parts["plain"](self.parts["noisy"](x))
-
-    chain, x = Chain(), torch.randn(2, 16)
-    want = chain(x)
-    sk.convert_to_sparse(chain, x)
-    reasons = {row.name.removeprefix("parts."): row for row in sk.report(chain).layers}
+    model, x = Obstacles(), torch.randn(2, 16)
+    want = model(x)
+    sk.convert_to_sparse(model, x)
+    reasons = {row.name: row for row in sk.report(model).layers}
     assert "Noisy has a forward of its own" in reasons["noisy"].reason
     assert reasons["plain"].format == "csr"
     assert "hooks" in reasons["hooked"].reason
@@ -296,7 +257,7 @@ def test_layers_that_must_stay_dense_are_named(monkeypatch):
     assert "not called in the run" in reasons["unused"].reason
     assert "no kernel for torch.float16" in reasons["low"].reason
     assert "MultiheadAttention reads the weight" in reasons["attention.out_proj"].reason
-    torch.testing.assert_close(chain(x), want)
+    torch.testing.assert_close(model(x), want)
 
 
 def test_transformers_conv1d(monkeypatch):
@@ -405,52 +366,6 @@ def test_a_failing_run_leaves_the_model_alone():
     with pytest.raises(RuntimeError):
         sk.convert_to_sparse(model, torch.randn(2, 7))
     assert list(model) == layers and not model[0]._forward_pre_hooks
-
-
-def test_cache_is_used_and_merged(monkeypatch):
-    calls = []
-    monkeypatch.setattr(convert, "time_layer", lambda *a: calls.append(1) or (2.0, 1.0))
-    monkeypatch.setattr(convert, "time_model", lambda *a: (2.0, 1.0, 2.0))
-    x = torch.randn(4, 512)
-    sk.convert_to_sparse(wide(), x)
-    assert len(calls) == 2
-    sk.convert_to_sparse(wide(), x)
-    assert len(calls) == 2
-    sk.convert_to_sparse(wide(), x, cache=False)
-    assert len(calls) == 4
-    (entries,) = json.loads((tune.cache_folder() / "tuning.json").read_text())["devices"].values()
-    assert len(entries) == 2
-
-
-@pytest.mark.parametrize("text", ["not json", '{"version": 1}', '{"version": 1, "devices": [1]}',
-                                  '{"version": 1, "devices": {"a": {"b": [1, -1]}}}'])  # fmt: skip
-def test_corrupt_cache_is_ignored_with_a_warning(monkeypatch, text):
-    forced(monkeypatch)
-    tune.cache_folder().mkdir(parents=True)
-    path = tune.cache_folder() / "tuning.json"
-    path.write_text(text)
-    with pytest.warns(UserWarning, match="ignoring the tuning cache .*tuning.json"):
-        sk.convert_to_sparse(wide(), torch.randn(4, 512))
-    assert json.loads(path.read_text())["version"] == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        sk.convert_to_sparse(wide(), torch.randn(4, 512))
-
-
-def test_cache_of_another_version_is_left_out(monkeypatch):
-    forced(monkeypatch)
-    tune.cache_folder().mkdir(parents=True)
-    (tune.cache_folder() / "tuning.json").write_text('{"version": 99, "devices": 5}')
-    assert sk.report(sk.convert_to_sparse(wide(), torch.randn(4, 512))).n_sparse == 2
-
-
-def test_cache_that_cannot_be_written(monkeypatch):
-    forced(monkeypatch)
-    tune.cache_folder().parent.mkdir(parents=True, exist_ok=True)
-    tune.cache_folder().write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="tuning results were not kept, cannot write"):
-        model = sk.convert_to_sparse(wide(), torch.randn(4, 512))
-    assert sk.report(model).n_sparse == 2
 
 
 def test_without_kernels_nothing_is_converted(monkeypatch):

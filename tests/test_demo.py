@@ -34,26 +34,6 @@ def test_spearman_averages_ties():
     assert evaluate.pearson(a, -3 * a + 1) == pytest.approx(-1)
 
 
-def test_refit_solves_the_least_squares_problem():
-    import calibrate
-
-    torch.manual_seed(0)
-    x, dense = torch.randn(200, 12).double(), torch.randn(5, 12).double()
-    x[:, 1] += x[:, 0]
-    weight, y = dense * (torch.rand(5, 12) < 0.5), x @ dense.T
-    got = calibrate.refit(weight, dense, x.T @ x, y.T @ x, ridge=0.01, iterations=30)
-    strength = 0.01 * (x**2).sum(0).mean()
-    for row in range(5):
-        kept = weight[row] != 0
-        rows = torch.cat([x, strength.sqrt() * torch.eye(12).double()])[:, kept]
-        wanted = torch.cat([y[:, row], strength.sqrt() * dense[row]])
-        # the pull applies to kept weights alone
-        wanted[200:][~kept] = 0
-        best = torch.linalg.lstsq(rows, wanted[:, None]).solution[:, 0]
-        torch.testing.assert_close(got[row, kept], best)
-        assert not got[row, ~kept].any()
-
-
 def test_grid_takes_the_own_sparsity_of_a_pattern():
     import demo
 

@@ -10,6 +10,8 @@ import sparsekern as sk
 from sparsekern import convert, device, tune
 from sparsekern.candidate import Candidate
 from sparsekern.measure import timer
+from sparsekern.ops import block_cuda
+from sparsekern.ops.cuda_support import Device
 
 
 def on(where, dtype=torch.float32):
@@ -21,8 +23,9 @@ def gpu(monkeypatch):
     """A GPU with kernels for the names in the returned set, as far as these functions look."""
     kernels = {"csr_linear", "nm_linear", "block_linear", "block_conv2d"}
     monkeypatch.setattr(device, "has_kernel", lambda op, where: op in kernels)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (9, 0))
-    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(device, "facts_of", lambda where: Device("H200", (9, 0)))
+    for name in ("_csr_faults", "_nm_faults", "_block_faults"):
+        monkeypatch.setattr(device, name, lambda where: ["cuSPARSE is too old", ""])
     return kernels
 
 
@@ -41,26 +44,43 @@ def test_dtypes_by_device(gpu, where, dtype, said):
 
 
 def test_what_keeps_a_gpu_dense(gpu, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (7, 5))
-    said = device.device_obstacle(on("cuda:1"))
-    assert said == "sparse kernels need compute capability 8.0, cuda:1 has 7.5"
-    monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert device.device_obstacle(on("cuda")) == "no sparse kernel for ROCm in this version"
-
-
-def test_without_the_cuda_half_the_reason_is_said(gpu, monkeypatch):
-    gpu.clear()
-    status = {"_C_cuda": {"loaded": False, "reason": "libcusparse.so.12 is missing"}}
-    monkeypatch.setattr(device, "native_status", lambda: status)
-    said = device.device_obstacle(on("cuda"))
-    assert said == "no sparse kernel on cuda here: libcusparse.so.12 is missing"
+    monkeypatch.setattr(device, "facts_of", lambda where: Device("K80", (3, 7)))
+    assert device.device_obstacle(on("cuda:1")) == (
+        "no sparse kernel on cuda:1: expected a GPU of compute capability 7.0 or newer, "
+        "got 3.7 (K80)"
+    )
+    monkeypatch.setattr(device, "facts_of", lambda where: Device("MI300", (9, 4), hip=True))
+    assert "expected an NVIDIA GPU, got MI300 (ROCm)" in device.device_obstacle(on("cuda"))
 
 
 def test_formats_with_a_kernel(gpu):
-    assert device.runnable(["block", "csr"], "Linear", "cuda") == ["block", "csr"]
-    assert device.runnable(["block", "csr"], "Conv2d", "cuda") == ["block"]
-    assert device.runnable(["nm", "csr"], "Conv2d", "cuda") == []
-    assert device.runnable(["nm", "csr"], "Conv2d", "cpu") == ["nm", "csr"]
+    card = torch.device("cuda", 0)
+    assert device.format_fault("csr", "Linear", card) == ""
+    assert device.format_fault("block", "Conv2d", card) == ""
+    assert device.format_fault("nm", "Conv2d", card) == "nm_conv2d has no kernel on cuda"
+    assert device.format_fault("nm", "Conv2d", torch.device("cpu")) == ""
+
+
+def test_a_format_without_any_way_says_why(gpu, monkeypatch):
+    monkeypatch.setattr(device, "_csr_faults", lambda where: ["no libcusparse", "no Triton"])
+    said = device.format_fault("csr", "Linear", torch.device("cuda"))
+    assert said == "csr_linear: no libcusparse; no Triton"
+
+
+@pytest.mark.parametrize("name", ["csr", "nm", "block"])
+def test_faults_come_from_the_ops(name, monkeypatch):
+    """An old card has neither libraries nor kernels; the ops say it in their own words."""
+    monkeypatch.setattr(device, "facts_of", lambda where: Device("K80", (3, 7)))
+    monkeypatch.setattr(block_cuda, "device_facts", lambda index: Device("K80", (3, 7)))
+    said = device.format_fault(name, "Linear", torch.device("cuda", 7))
+    assert said.startswith(f"{name}_linear: ") and "3.7" in said
+
+
+def test_a_layer_whose_formats_have_no_kernel_stays_dense(monkeypatch):
+    monkeypatch.setattr(convert, "format_fault", lambda name, *a: f"{name}: not on this card")
+    model = sk.convert_to_sparse(pruned(), torch.randn(4, 64))
+    (row,) = sk.report(model).layers
+    assert row.format == "dense" and row.reason == "csr: not on this card"
 
 
 def test_kernels_are_known_to_the_dispatcher():
@@ -85,7 +105,7 @@ def test_copies_take_turns_until_they_fill_the_cache():
     assert len({m.weight.data_ptr() for m in layers}) == 3
     assert tune._copies(layer, 0) == [layer]
     assert len(tune._copies(layer, 10**9)) == tune.MAX_COPIES
-    call = tune._inference_call([lambda x, i=i: seen.append(i) for i in range(3)], None)
+    call = tune.inference_call([lambda x, i=i: seen.append(i) for i in range(3)], None)
     for _ in range(4):
         call()
     assert seen == [0, 1, 2, 0]
@@ -160,6 +180,6 @@ def test_without_inputs_nothing_becomes_sparse_on_a_gpu():
     module = SimpleNamespace(weight=on("cuda:0"), _parameters={})
     site = SimpleNamespace(module=module, obstacle="", weight=torch.eye(8), kind="Linear")
     candidate = Candidate([site], sparsity=0.9)
-    convert._decide(SimpleNamespace(specs=None), candidate)
+    convert._decide(SimpleNamespace(specs=None, mode="inference"), candidate)
     assert not candidate.take
     assert candidate.reason == "not timed: pass example_inputs, no threshold is known for cuda:0"

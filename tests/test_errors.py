@@ -52,7 +52,7 @@ def test_linear_arguments():
     bias = r"bias.size\(0\) = out_features = 4, got 5"
     refuses(bias, csr_linear, x, v, r, c, torch.zeros(5))
     refuses("bias of the dtype of x", csr_linear, x, v, r, c, torch.zeros(4).double())
-    acts = "activation to be none, relu, gelu or gelu_tanh, got 'swish'"
+    acts = "activation to be none, relu, relu6, gelu or gelu_tanh, got 'swish'"
     refuses(acts, csr_linear, x, v, r, c, None, None, None, "swish")
 
 
@@ -307,7 +307,8 @@ def test_layers():
         "SparseLinear: expected in_features to be a positive integer, got 0", sk.SparseLinear, 0, 4
     )
     refuses("out_features to be a positive integer, got 2.5", sk.SparseLinear, 4, 2.5)
-    acts = "SparseLinear: expected activation to be one of none, relu, gelu, gelu_tanh, got 'tanh'"
+    names = "none, relu, relu6, gelu, gelu_tanh"
+    acts = f"SparseLinear: expected activation to be one of {names}, got 'tanh'"
     refuses(acts, lambda: sk.SparseLinear(4, 4, activation="tanh"))
     refuses("sparsity", lambda: sk.SparseLinear(4, 4, sparsity=1.2))
     refuses("pattern", lambda: sk.SparseLinear(4, 4, pattern="blocky:3"))

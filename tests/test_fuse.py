@@ -66,6 +66,8 @@ ACCEPTED = {
     "relu": (nn.ReLU(), "relu"),
     "inplace": (nn.ReLU(inplace=True), "relu"),
     "threshold": (nn.Threshold(0, 0), "relu"),
+    "relu6": (nn.ReLU6(), "relu6"),
+    "hardtanh": (nn.Hardtanh(0.0, 6.0), "relu6"),
     "gelu": (nn.GELU(), "gelu"),
     "gelu_tanh": (nn.GELU("tanh"), "gelu_tanh"),
 }
@@ -85,7 +87,7 @@ def test_activations_of_transformers():
     kinds = {
         "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
         "gelu_pytorch_tanh": "gelu_tanh", "gelu_accurate": "gelu_tanh", "relu": "relu",
-        "gelu_10": None, "quick_gelu": None, "silu": None, "relu2": None, "relu6": None,
+        "gelu_10": None, "quick_gelu": None, "silu": None, "relu2": None, "relu6": "relu6",
     }  # fmt: skip
     for name, kind in kinds.items():
         assert kind_of_activation(activations.ACT2FN[name], torch.float32) == kind, name
@@ -101,8 +103,8 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize(
     "module",
-    [nn.LeakyReLU(), nn.ReLU6(), nn.Hardtanh(0, 1e6), nn.Tanh(), nn.Softmax(-1), nn.Dropout(),
-     nn.Flatten(), nn.GLU(), nn.RReLU(), Odd()],
+    [nn.LeakyReLU(), nn.Hardtanh(0, 5.9), nn.Hardtanh(0, 1e6), nn.Tanh(), nn.Softmax(-1),
+     nn.Dropout(), nn.Flatten(), nn.GLU(), nn.RReLU(), Odd()],
     ids=lambda m: type(m).__name__,
 )  # fmt: skip
 def test_other_modules_are_no_fused_activation(module):
@@ -311,6 +313,18 @@ def test_what_a_run_cannot_show_is_noticed(name):
     assert type(model.act) is nn.ReLU and model.a.activation == "none"
     (note,) = report.notes
     assert note.startswith("nothing folded or fused: ") and message in note
+
+
+def test_a_run_that_fails_while_it_is_watched():
+    def watched(m, x):
+        if torch.overrides._get_current_function_mode_stack():
+            raise RuntimeError("no modes, please")
+        return m.b(m.act(m.a(x)))
+
+    report = fused(prepared(Two(watched)), torch.randn(5, 16))
+    assert report.n_sparse == 2 and not report.fused
+    (note,) = report.notes
+    assert "nothing folded or fused: a run could not be watched" in note and "no modes" in note
 
 
 def test_copies_and_pickles():

@@ -77,7 +77,10 @@ def test_matches_float64(name, sample, dtype, isa):
         a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a
         for a in arguments
     ]
-    grad = torch.randn_like(REFERENCES[name](*exact)).to(dtype).double()
+    exact_y = REFERENCES[name](*exact)
+    grad = torch.randn_like(exact_y).to(dtype).double()
+    if "relu6" in sample.id:  # no gradient at 6, and bfloat16 rounds 5.99 to it
+        grad *= (exact_y - 6).abs() > 0.05
     got = run(OPS[name], arguments, sample.grads, grad)
     want = run(REFERENCES[name], exact, sample.grads, grad)
     tokens = max(1, grad.numel() // max(1, grad.shape[1 if name.endswith("conv2d") else -1]))

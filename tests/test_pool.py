@@ -72,9 +72,10 @@ def test_pools_that_stay(monkeypatch, x):
     assert type(off.pool) is nn.MaxPool2d
 
 
-def test_gain_is_measured(x):
+@pytest.mark.parametrize("training", [False, True])
+def test_gain_is_measured(x, training):
     plain = nn.MaxPool2d(2)
     twin = copy.copy(plain)
     twin.__class__ = ChannelsLastMaxPool2d
     spec = sk.tune.InputSpec.of(x)
-    assert 0 < pool._gain(plain, twin, spec, 0.01) < 1e3
+    assert 0 < pool._gain(plain, twin, spec, 0.01, training) < 1e3

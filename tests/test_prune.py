@@ -291,7 +291,7 @@ def test_report():
         ),
         (
             {"scope": "all"},
-            "prune: expected scope one of global, uniform, erk, lamp, or a dict; got 'all'",
+            "prune: expected scope one of global, uniform, erk, lamp, std, or a dict; got 'all'",
         ),
         ({"scope": {"fc": 0.5}}, r"expected scope to name layers \(\['0', '2', '4'\]\), got 'fc'"),
         ({"scope": {"0": 1}}, r"prune: scope\['0'\]: expected sparsity in \[0, 1\), got 1"),
@@ -353,6 +353,10 @@ def test_bad_models_are_refused():
         prune(nn.Sequential(nn.Linear(4, 4, device="meta")))
     with pytest.raises(ValueError, match="expected layer '0' to be initialized, got a lazy weight"):
         prune(nn.Sequential(nn.LazyLinear(4)))
+    model = nn.Linear(4, 4)
+    model.weight.device_mesh = "as a DTensor has"
+    with pytest.raises(ValueError, match="expected layer '' to hold its whole weight, got a shard"):
+        prune(model)
     with pytest.raises(ValueError, match=r"expected layer '' to be floating point, got torch.co"):
         prune(nn.Linear(4, 4, dtype=torch.complex64))
     with pytest.raises(ValueError, match="got '' has no weights"):

@@ -1,6 +1,7 @@
 """Methods that look at data: Wanda, SparseGPT, and the statistics they stand on."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -314,6 +315,20 @@ def test_a_hessian_that_cannot_be_factored_is_named_and_the_model_put_back():
     assert same_weights(model, before)
     prune(model, "sparsegpt", scope=scope, data=data)
     assert [int((w == 0).sum()) for w in weights(model)] == [24 * 32 // 2, 0, 16 * 8 // 2]
+
+
+def test_damping_that_is_too_little_is_raised_with_a_warning():
+    x = correlated()
+    for batch in x:
+        batch[:, 1] = batch[:, 0]
+    raised, wanted = nn.Linear(24, 8), nn.Linear(24, 8)
+    wanted.load_state_dict(raised.state_dict())
+    with pytest.warns(UserWarning, match="got a Cholesky failure.*; trying percdamp=") as w:
+        prune(raised, "sparsegpt", 0.5, data=x, percdamp=1e-10)
+    last = float(str(w[-1].message).rpartition("=")[2])
+    assert 1e-9 <= last <= 1e-4 and len(w) == round(math.log10(last / 1e-10))
+    prune(wanted, "sparsegpt", 0.5, data=x, percdamp=last)
+    torch.testing.assert_close(raised.weight, wanted.weight)
 
 
 def test_layers_without_data_are_named_and_the_model_put_back():

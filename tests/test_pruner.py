@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import sparsekern as sk
 from sparsekern import patterns
 from sparsekern.prune import Pruner, schedules
-from sparsekern.prune.bits import pack, unpack
+from sparsekern.prune.bits import drop_, pack, unpack
 
 OPTIMIZERS = [
     sgd,
@@ -299,6 +299,18 @@ def test_a_finalized_model_converts_to_the_same_outputs():
             use()
 
 
+def _check_refit(part):
+    """A method that updates weights from data: the same on all ranks, as from all the data."""
+    model, whole = mlp(), mlp()
+    Pruner(model, sgd(model), "refit", 0.5, data=[X[part]])
+    mine = torch.cat([weight.flatten() for weight in weights(model)])
+    other = [torch.empty_like(mine) for _ in range(2)]
+    torch.distributed.all_gather(other, mine)
+    assert torch.equal(other[0], other[1])
+    sk.prune(whole, "refit", 0.5, data=[X[:24], X[24:]])
+    torch.testing.assert_close(mine, torch.cat([weight.flatten() for weight in weights(whole)]))
+
+
 def run_rank(rank, path):
     torch.set_num_threads(1)
     store = torch.distributed.FileStore(path, 2)
@@ -325,6 +337,7 @@ def run_rank(rank, path):
         other = [torch.empty_like(mine) for _ in range(2)]
         torch.distributed.all_gather(other, mine)
         assert torch.equal(other[0], other[1])
+    _check_refit(part)
     torch.distributed.destroy_process_group()
 
 
@@ -332,3 +345,29 @@ def test_masks_are_the_same_on_every_rank(tmp_path):
     torch.multiprocessing.start_processes(
         run_rank, (str(tmp_path / "store"),), nprocs=2, start_method="fork"
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", ["plain", "transposed", "channels_last", "strided"])
+def test_drop_is_masked_fill_bit_by_bit(dtype, layout):
+    values = torch.randn(6, 4, 3, 5).to(dtype)
+    values.view(-1)[:4] = torch.tensor([math.nan, -math.inf, -0.0, 1.0])
+    tensor = {
+        "plain": values.clone(),
+        "transposed": values.clone().transpose(0, 1),
+        "channels_last": values.to(memory_format=torch.channels_last),
+        "strided": values[::2],
+    }[layout]
+    mask = torch.rand(tensor.shape) < 0.4
+    wanted = tensor.clone().masked_fill(~mask, 0)
+    version = tensor._version
+    assert drop_(tensor, mask) is tensor and tensor._version > version
+    torch.testing.assert_close(tensor, wanted, rtol=0, atol=0, equal_nan=True)
+    assert not torch.signbit(tensor[~mask]).any()
+
+
+def test_drop_keeps_the_graph_of_a_gradient():
+    x = torch.randn(8, requires_grad=True)
+    mask = torch.arange(8) % 2 == 0
+    (gradient,) = torch.autograd.grad(drop_(x * 3, mask).sum(), x)
+    assert gradient.tolist() == [3.0, 0.0] * 4

@@ -8,6 +8,7 @@ from pruner_common import X, Y, backward, make_pruner, mlp, one_thread, sgd, sta
 from torch.nn import functional as F
 
 from sparsekern.prune import Pruner, schedules
+from sparsekern.prune.bits import unpack
 
 
 @pytest.mark.parametrize(
@@ -116,3 +117,9 @@ def test_a_missing_gradient_is_named_and_the_update_changes_nothing():
     ):
         pruner.step()
     assert all(torch.equal(a, b) for a, b in zip(state(model), before))
+
+
+def test_packed_masks_of_another_size():
+    for packed in (torch.zeros(3, dtype=torch.uint8), torch.zeros(2)):
+        with pytest.raises(ValueError, match=r"expected uint8 \(2,\) for shape \(3, 5\), got"):
+            unpack(packed, (3, 5))

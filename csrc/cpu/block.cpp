@@ -1,8 +1,6 @@
 // Block patterns: checks, plans and how the work is split over threads.
 #include "block.h"
 
-#include <torch/csrc/stable/ops.h>
-
 namespace sparsekern {
 namespace {
 
@@ -56,28 +54,6 @@ std::vector<int32_t> build_block_transposed(const BlockView& v) {
   return out;
 }
 
-Tensor check_plan_tensor(const std::string& op, const char* name, const Tensor& t) {
-  check_cpu(op, name, t);
-  check_dtype(op, name, t, {ScalarType::Int});
-  check_dim(op, name, t, 1);
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
-}
-
-struct BlockSplit {
-  int64_t token_parts, token_chunk, row_parts, rows_per_group;
-};
-
-BlockSplit split_work(const BlockView& v, int64_t tokens, int64_t panel) {
-  int64_t threads = torch::stable::get_num_threads();
-  if (v.n_blocks * v.block_rows * v.block_cols * tokens < kSerialWork) threads = 1;
-  const int64_t token_parts = std::min(threads, std::max<int64_t>(1, tokens / panel));
-  const int64_t per_group = v.block_rows_per_group(), width = kernels().width;
-  const int64_t want = (threads + token_parts * v.groups - 1) / (token_parts * v.groups);
-  const int64_t chunk = (tokens + token_parts - 1) / token_parts;
-  return {token_parts, (chunk + width - 1) / width * width,
-          std::max<int64_t>(1, std::min(per_group, want)), per_group};
-}
-
 template <class F>
 void for_each_value(const BlockView& v, F f) {
   for (int64_t b = 0; b < v.groups * v.block_rows_per_group(); ++b)
@@ -112,6 +88,10 @@ BlockPattern check_block_pattern(const std::string& op, const Tensor& crow, cons
 void check_block_values(const std::string& op, const Tensor& values, const Tensor& like,
                         const Tensor& col) {
   check_operand(op, "values", values, like);
+  check_block_sizes(op, values, col);
+}
+
+void check_block_sizes(const std::string& op, const Tensor& values, const Tensor& col) {
   check_dim(op, "values", values, 3);
   check_size(op, "values.size(0) = col.size(0)", values.size(0), col.numel());
 }
@@ -160,52 +140,56 @@ BlockTransposed get_block_transposed(const std::string& op, const BlockPattern& 
   return t;
 }
 
+// What does not depend on the task.
+static BlockArgs block_args(const BlockView& v, const Operands& o) {
+  BlockArgs a{};
+  a.view = v, a.values = o.values, a.quantized = o.quantized, a.scales = o.scales;
+  a.bias = o.bias, a.activation = o.activation, a.sink = o.sink;
+  return a;
+}
+
 void run_block_spmm(const BlockView& v, const Operands& o) {
   if (o.tokens == 0 || v.rows == 0) return;
   const int64_t vectors = v.block_rows >= 4 ? 4 : 8, panel = vectors * kernels().width;
-  const BlockSplit s = split_work(v, o.tokens, panel);
-  const int64_t block = v.block_cols * v.taps;
-  const int64_t panel_cols = v.block_rows > 1 ? kPanelCols : kPanelColsOneRow;
-  torch::stable::parallel_for(
-      0, s.token_parts * s.row_parts * v.groups, 1, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t part = task % s.token_parts, rest = task / s.token_parts;
-          const int64_t row_part = rest % s.row_parts, group = rest / s.row_parts;
-          const int64_t t0 = std::min(o.tokens, part * s.token_chunk);
-          ImageSource image;
-          BlockArgs a{v,
-                      o.values,
-                      o.bias,
-                      o.activation,
-                      shifted(o.source, &image, group * o.channels_per_group),
-                      o.sink,
-                      group * s.rows_per_group + row_part * s.rows_per_group / s.row_parts,
-                      group * s.rows_per_group + (row_part + 1) * s.rows_per_group / s.row_parts,
-                      t0,
-                      std::min(o.tokens, t0 + s.token_chunk),
-                      vectors,
-                      std::max<int64_t>(1, panel_cols / block),
-                      std::max<int64_t>(1, kRowsKept / v.block_rows),
-                      nullptr};
-          a.channel_blocks = std::min(a.channel_blocks, std::max<int64_t>(1, v.channel_blocks()));
-          a.row_blocks = std::min(a.row_blocks, std::max<int64_t>(1, s.rows_per_group));
-          a.scratch = thread_scratch(kTaskScratch, block_scratch(a, panel));
-          kernels().block_spmm(a);
-        }
-      });
+  const int64_t per_group = v.block_rows_per_group(), block = v.block_cols * v.taps;
+  const int64_t panel_blocks = (v.block_rows > 1 ? kPanelCols : kPanelColsOneRow) / block;
+  const Split s =
+      split_rows(v.n_blocks * v.block_rows * v.block_cols, o.tokens, panel, v.groups, per_group);
+  for_each_task(s, o, [&](const Task& t) {
+    BlockArgs a = block_args(v, o);
+    a.source = t.source, a.begin = t.row_begin, a.end = t.row_end;
+    a.token_begin = t.token_begin, a.token_end = t.token_end, a.vectors = vectors;
+    a.channel_blocks = std::max<int64_t>(1, std::min(panel_blocks, v.channel_blocks()));
+    a.row_blocks = std::min(std::max<int64_t>(1, kRowsKept / v.block_rows), per_group);
+    a.scratch = thread_scratch(kTaskScratch, block_scratch(a, panel));
+    kernels().block_spmm(a);
+  });
+}
+
+// Up to this many tokens the lanes lie better along the blocks than along the tokens.
+static int64_t spmv_tokens(const BlockView& v) {
+  const int64_t lanes = v.block_cols == 1 ? v.block_rows : v.block_cols;
+  return std::max<int64_t>(2, std::min(lanes, kernels().width) / 4);
+}
+
+void run_block_linear(const BlockView& v, const Operands& o) {
+  if (o.tokens > spmv_tokens(v)) return run_block_spmm(v, o);
+  const int64_t rows = v.block_rows_per_group(), per_row = v.n_blocks * v.block_rows * v.block_cols;
+  const int64_t grain = std::max<int64_t>(1, 30000 * rows / std::max<int64_t>(1, per_row));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    BlockArgs a = block_args(v, o);
+    for (a.begin = begin; a.begin < end; ++a.begin)
+      for (int64_t t = 0; t < o.tokens; ++t) {
+        a.end = a.begin + 1;
+        kernels().block_spmv(a, o.source.matrix->data + t * v.channels, o.sink.data + t * v.rows);
+      }
+  });
 }
 
 void run_block_sddmm(const BlockView& v, const Operands& o, const Source& grad, float* out) {
   std::fill_n(out, v.n_blocks * v.block_rows * v.block_cols, 0.f);
   if (o.tokens == 0 || v.n_blocks == 0) return;
-  const int64_t panel = kernels().width * kernels().sddmm_vectors;
-  const int64_t n_panels = (o.tokens + panel - 1) / panel, stride = v.rows * panel;
-  float* panels = thread_scratch(kGradPanels, n_panels * stride);
-  torch::stable::parallel_for(0, n_panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p)
-      kernels().fill_panel(grad, panels + p * stride, kernels().sddmm_vectors, p * panel,
-                           std::min(o.tokens, (p + 1) * panel), 0, v.rows);
-  });
+  const GradPanels panels = grad_panels(grad, v.rows, o.tokens);
   const int64_t chunk = std::max<int64_t>(1, kSddmmCols / (v.block_cols * v.taps));
   const int64_t parts = (v.channel_blocks() + chunk - 1) / chunk;
   const int64_t per_group = v.block_rows_per_group();
@@ -214,8 +198,8 @@ void run_block_sddmm(const BlockView& v, const Operands& o, const Source& grad, 
       const int64_t group = task / parts, first = task % parts * chunk;
       ImageSource image;
       BlockSddmmArgs a{v,
-                       panels,
-                       stride,
+                       panels.data,
+                       panels.stride,
                        shifted(o.source, &image, group * o.channels_per_group),
                        out,
                        group * per_group,
@@ -224,8 +208,8 @@ void run_block_sddmm(const BlockView& v, const Operands& o, const Source& grad, 
                        std::min(v.channel_blocks(), first + chunk),
                        o.tokens,
                        nullptr};
-      a.scratch =
-          thread_scratch(kTaskScratch, chunk * v.block_cols * v.taps * panel + 2 * per_group + 64);
+      a.scratch = thread_scratch(kTaskScratch,
+                                 chunk * v.block_cols * v.taps * panels.width + 2 * per_group + 64);
       kernels().block_sddmm(a);
     }
   });

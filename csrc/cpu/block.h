@@ -1,7 +1,5 @@
 // Between the block ops and the kernels: checked patterns, plans, threads.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-
 #include <optional>
 #include <string>
 #include <vector>
@@ -27,6 +25,7 @@ BlockPattern check_block_pattern(const std::string& op, const Tensor& crow, cons
 // (n_blocks, block_rows, block_cols) as many as `col` has.
 void check_block_values(const std::string& op, const Tensor& values, const Tensor& like,
                         const Tensor& col);
+void check_block_sizes(const std::string& op, const Tensor& values, const Tensor& col);
 
 // Accepts the plan of this pattern, which vouches for the indices; without one checks every index.
 void check_block_plan(const std::string& op, const BlockPattern& p,
@@ -46,23 +45,11 @@ struct BlockTransposed {
 BlockTransposed get_block_transposed(const std::string& op, const BlockPattern& p,
                                      const std::optional<Tensor>& plan_t);
 
-// out[i] = the transpose of values[perm[i]], split over threads.
-template <class T>
-void turn_blocks(const T* values, const BlockTransposed& t, T* out) {
-  const int64_t r = t.view.block_cols, c = t.view.block_rows;  // of the original
-  torch::stable::parallel_for(0, t.view.n_blocks, 65536 / (r * c) + 1,
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) {
-                                  const T* from = values + t.perm[i] * r * c;
-                                  T* to = out + i * r * c;
-                                  for (int64_t k = 0; k < c; ++k)
-                                    for (int64_t j = 0; j < r; ++j) to[k * r + j] = from[j * c + k];
-                                }
-                              });
-}
-
 // out = act(values * source + bias), split over threads.
 void run_block_spmm(const BlockView& view, const Operands& operands);
+
+// The same for a matrix; few tokens take a kernel of their own.
+void run_block_linear(const BlockView& view, const Operands& operands);
 
 // out[block] = sums over tokens of grad (rows of the block) times source (its columns).
 void run_block_sddmm(const BlockView& view, const Operands& operands, const Source& grad,

@@ -83,6 +83,23 @@ SK_INLINE void block_rows_of(const BlockView& view, BlockRun run, int64_t rows) 
   }
 }
 
+// The values of blocks [begin, end), int8 ones spread to `wide`: once for all tokens of a panel.
+SK_INLINE const float* block_values(const BlockArgs& a, int64_t begin, int64_t end, float* wide) {
+  const int64_t block = a.view.block_rows * a.view.block_cols;
+  if (!a.scales) return a.values + begin * block;
+  spread(a.quantized + begin * block, 1.f, (end - begin) * block, wide);
+  return wide;
+}
+
+// sums of int8 products -> scale * sum + bias
+template <int R>
+SK_INLINE void scale_rows(const BlockArgs& a, float* sums, int64_t row0, int64_t rows) {
+  for (int64_t r = row0; r < row0 + rows; ++r) {
+    const Vec scale = Vec::set(a.scales[r]), bias = Vec::set(a.bias ? a.bias[r] : 0.f);
+    for (int j = 0; j < R; ++j, sums += Vec::N) fma(Vec::load(sums), scale, bias).store(sums);
+  }
+}
+
 template <int R>
 void block_panel(const BlockArgs& a, int64_t t0, int64_t t1) {
   constexpr int64_t P = R * Vec::N;
@@ -90,8 +107,10 @@ void block_panel(const BlockArgs& a, int64_t t0, int64_t t1) {
   const BlockView& v = a.view;
   const int64_t panel_cols = a.channel_blocks * v.block_cols * v.taps;
   const int64_t panels = a.panels();
+  const float* bias = a.scales ? nullptr : a.bias;  // scale_rows adds it
   float* sums = a.scratch + panels * panel_cols * P;
   int32_t* next = reinterpret_cast<int32_t*>(sums + a.row_blocks * v.block_rows * P);
+  float* wide = reinterpret_cast<float*>(next + a.row_blocks);
   SpmmArgs out{};
   out.activation = a.activation, out.sink = a.sink;
   for (int64_t b0 = a.begin; b0 < a.end; b0 += a.row_blocks) {
@@ -111,13 +130,14 @@ void block_panel(const BlockArgs& a, int64_t t0, int64_t t1) {
         next[b - b0] = end;
         if (end == begin && k) continue;
         const int64_t row = (b - b0) * v.block_rows;
-        block_rows_of<kRows, R>(v,
-                                {a.values + begin * v.block_rows * v.block_cols, v.col + begin,
-                                 end - begin, panel - c0 * P, sums + row * P,
-                                 a.bias ? a.bias + row0 + row : nullptr, k == 0, rows - row},
-                                v.block_rows);
+        block_rows_of<kRows, R>(
+            v,
+            {block_values(a, begin, end, wide), v.col + begin, end - begin, panel - c0 * P,
+             sums + row * P, bias ? bias + row0 + row : nullptr, k == 0, rows - row},
+            v.block_rows);
       }
     }
+    if (a.scales) scale_rows<R>(a, sums, row0, rows);
     store_rows<R>(out, sums, row0, rows, t0, t1 - t0);
   }
 }
@@ -138,33 +158,48 @@ void block_spmm(const BlockArgs& a) {
   }
 }
 
+SK_INLINE Vec load_values(const float* p) {
+  return Vec::load(p);
+}
+SK_INLINE Vec load_values(const float* p, int64_t n) {
+  return Vec::load(p, n);
+}
+SK_INLINE Vec load_values(const int8_t* p) {
+  return Vec::load_int8(p, Vec::N);
+}
+SK_INLINE Vec load_values(const int8_t* p, int64_t n) {
+  return Vec::load_int8(p, n);
+}
+
 // One token: lanes along the columns of a block, U rows at a time. The values stream once.
-template <int U>
-SK_INLINE void block_dot(const BlockView& view, const float* values, int64_t begin, int64_t end,
+template <int U, class T>
+SK_INLINE void block_dot(const BlockView& view, const T* values, int64_t begin, int64_t end,
                          const float* x, Vec* sums) {
   Vec acc[U];
   for (int u = 0; u < U; ++u) acc[u] = Vec::set(0.f);
   const int64_t block = view.block_rows * view.block_cols;
   for (int64_t i = begin; i < end; ++i) {
     const BlockColumns c = columns_of(view, view.col[i]);
-    const float *v = values + i * block, *xs = x + c.first;
+    const T* v = values + i * block;
+    const float* xs = x + c.first;
     int64_t k = 0;
     for (; k + Vec::N <= c.count; k += Vec::N) {
       const Vec xv = Vec::load(xs + k);
 #pragma GCC unroll 16
-      for (int u = 0; u < U; ++u) acc[u] = fma(Vec::load(v + u * view.block_cols + k), xv, acc[u]);
+      for (int u = 0; u < U; ++u)
+        acc[u] = fma(load_values(v + u * view.block_cols + k), xv, acc[u]);
     }
     if (k == c.count) continue;
     const Vec xv = Vec::load(xs + k, c.count - k);
 #pragma GCC unroll 16
     for (int u = 0; u < U; ++u)
-      acc[u] = fma(Vec::load(v + u * view.block_cols + k, c.count - k), xv, acc[u]);
+      acc[u] = fma(load_values(v + u * view.block_cols + k, c.count - k), xv, acc[u]);
   }
   for (int u = 0; u < U; ++u) sums[u] = acc[u];
 }
 
-template <int U>
-SK_INLINE void block_dots(const BlockView& view, const float* values, int64_t begin, int64_t end,
+template <int U, class T>
+SK_INLINE void block_dots(const BlockView& view, const T* values, int64_t begin, int64_t end,
                           const float* x, int64_t rows, Vec* sums) {
   for (; rows >= U; rows -= U, sums += U, values += U * view.block_cols)
     block_dot<U>(view, values, begin, end, x, sums);
@@ -174,12 +209,14 @@ SK_INLINE void block_dots(const BlockView& view, const float* values, int64_t be
 }
 
 // Up to N rows of a row of blocks of one column each: lanes along the rows.
-SK_INLINE Vec column_dots(const BlockView& view, const float* values, int64_t begin, int64_t end,
+template <class T>
+SK_INLINE Vec column_dots(const BlockView& view, const T* values, int64_t begin, int64_t end,
                           const float* x, int64_t rows) {
   Vec even = Vec::set(0.f), odd = even;
   const int64_t block = view.block_rows;
   const auto at = [&](int64_t i) {
-    return rows == Vec::N ? Vec::load(values + i * block) : Vec::load(values + i * block, rows);
+    const T* v = values + i * block;
+    return rows == Vec::N ? load_values(v) : load_values(v, rows);
   };
   int64_t i = begin;
   for (; i + 2 <= end; i += 2) {
@@ -190,13 +227,15 @@ SK_INLINE Vec column_dots(const BlockView& view, const float* values, int64_t be
   return even + odd;
 }
 
-void block_spmv(const BlockArgs& a, const float* x, float* y) {
+// `all` are the values of a, whatever their type.
+template <class T>
+SK_INLINE void block_spmv_of(const BlockArgs& a, const T* all, const float* x, float* y) {
   const BlockView& v = a.view;
   for (int64_t b = a.begin; b < a.end; ++b) {
     const int64_t row0 = v.row_of(b), rows = v.rows_in(b, b + 1);
     for (int64_t r = 0; r < rows; r += Vec::N) {
       const int64_t n = rows - r < Vec::N ? rows - r : Vec::N;
-      const float* values = a.values + r * v.block_cols;
+      const T* values = all + r * v.block_cols;
       Vec sum;
       if (v.block_cols == 1) {
         sum = column_dots(v, values, v.crow[b], v.crow[b + 1], x, n);
@@ -207,9 +246,15 @@ void block_spmv(const BlockArgs& a, const float* x, float* y) {
         sum = sum_each(part);
       }
       const Vec bias = a.bias ? Vec::load(a.bias + row0 + r, n) : Vec::set(0.f);
-      activate(sum + bias, a.activation).store(y + row0 + r, n);
+      const Vec scale = a.scales ? Vec::load(a.scales + row0 + r, n) : Vec::set(1.f);
+      activate(fma(sum, scale, bias), a.activation).store(y + row0 + r, n);
     }
   }
+}
+
+void block_spmv(const BlockArgs& a, const float* x, float* y) {
+  if (a.scales) block_spmv_of(a, a.quantized, x, y);
+  else block_spmv_of(a, a.values, x, y);
 }
 
 // U x V dot products over a panel of tokens, U * V = N, added to `out`. Rows and columns beyond

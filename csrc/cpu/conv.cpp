@@ -1,11 +1,8 @@
 // CPU registrations of the convolution ops. A "token" is an output pixel, a column of the matrix is
 // (input channel, kernel row, kernel column); panels are cut straight from the image.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "conv.h"
-#include "driver.h"
-#include "reference.h"
 
 namespace sparsekern {
 namespace {
@@ -30,6 +27,11 @@ void sddmm_double(const Conv& c, Reference r, const Pattern& p, const Sink& layo
   }
 }
 
+Pattern check_conv_pattern(const std::string& op, const Tensor& crow, const Tensor& col,
+                           int64_t nnz, const Conv& c) {
+  return check_pattern(op, crow, col, nnz, c.in_per_group() * c.taps(), c.groups, c.taps());
+}
+
 Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& crow, const Tensor& col,
                       const std::optional<Tensor>& bias, const std::optional<Tensor>& plan,
                       const std::optional<Tensor>&, const std::vector<int64_t> kernel,
@@ -37,45 +39,23 @@ Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& crow,
                       const std::vector<int64_t> dilation, int64_t groups,
                       const std::string& activation) {
   const std::string op = "csr_conv2d";
-  check_dim(op, "x", x, 4);
-  check_operand(op, "x", x, x);
-  check_operand(op, "values", values, x);
+  const Conv c =
+      conv_of_input(op, x, csr_rows(op, crow), {kernel, stride, padding, dilation, groups});
+  check_csr_values(op, values, x);
   const Activation act = parse_activation(op, activation);
-  const Conv c = make_conv(op, x.size(0), x.size(1), x.size(2), x.size(3), crow.numel() - 1, kernel,
-                           stride, padding, dilation, groups);
-  const Pattern p =
-      check_pattern(op, crow, col, values.numel(), c.in_per_group() * c.taps(), groups, c.taps());
-  if (bias) {
-    check_operand(op, "bias", *bias, x);
-    check_size(op, "bias.size(0) = out_channels", bias->numel(), p.rows);
-  }
+  const Pattern p = check_conv_pattern(op, crow, col, values.numel(), c);
+  const std::optional<Tensor> b = check_bias(op, bias, x, p.rows, "out_channels");
   const PlanHolder holder = get_plan(op, p, plan);
   const ScalarType type = compute_type(x);
   const Tensor xc = as_contiguous(x, type), vc = as_contiguous(values, type);
-  const std::optional<Tensor> bc =
-      bias ? std::optional<Tensor>(as_contiguous(*bias, type)) : std::nullopt;
-  const Tensor y = empty_tensor({c.images, p.rows, c.out_h, c.out_w}, type);
-  const int64_t pixels = c.out_h * c.out_w, tokens = c.images * pixels;
-  Sink sink{nullptr, false, p.rows, 0, pixels};
+  const Tensor y = empty_tensor(c.out_shape(), type);
   if (type == ScalarType::Double) {
     spmm_double(c, make_reference(c, xc.const_data_ptr<double>(), false), p.crow_data(),
-                p.col_data(), vc.const_data_ptr<double>(),
-                bc ? bc->const_data_ptr<double>() : nullptr, act, sink,
-                y.mutable_data_ptr<double>());
+                p.col_data(), vc.const_data_ptr<double>(), double_or_null(b), act,
+                c.out_sink(nullptr), y.mutable_data_ptr<double>());
     return y;
   }
-  Planes planes;
-  make_planes(xc, c.images, c.in_channels, c.forward_y(), c.forward_x(), kPlanes, &planes);
-  sink.data = y.mutable_data_ptr<float>();
-  run_spmm(holder.view, {vc.const_data_ptr<float>(),
-                         nullptr,
-                         bc ? bc->const_data_ptr<float>() : nullptr,
-                         act,
-                         {nullptr, &planes.source},
-                         sink,
-                         tokens,
-                         groups,
-                         c.in_per_group()});
+  run_forward(c, holder.view, {vc.const_data_ptr<float>(), nullptr, data_or_null(b), act}, xc, y);
   return to_dtype(y, x.scalar_type());
 }
 
@@ -87,40 +67,22 @@ Tensor csr_conv2d_grad_input_cpu(const Tensor& grad, const Tensor& values, const
                                  const std::vector<int64_t> padding,
                                  const std::vector<int64_t> dilation, int64_t groups) {
   const std::string op = "csr_conv2d_grad_input";
-  check_operand(op, "grad", grad, grad);
-  check_operand(op, "values", values, grad);
-  const Conv c = make_conv(op, grad.size(0), in_channels, height, width, crow.numel() - 1, kernel,
-                           stride, padding, dilation, groups);
-  check_grad(op, grad, c);
-  const Pattern p =
-      check_pattern(op, crow, col, values.numel(), c.in_per_group() * c.taps(), groups, c.taps());
+  const Conv c = conv_of_grad(op, grad, {in_channels, height, width}, csr_rows(op, crow),
+                              {kernel, stride, padding, dilation, groups});
+  check_csr_values(op, values, grad);
+  const Pattern p = check_conv_pattern(op, crow, col, values.numel(), c);
   const TransposedHolder holder = get_transposed(op, p, plan_t);
   const Transposed& t = holder.view;
   const ScalarType type = compute_type(grad);
   const Tensor gc = as_contiguous(grad, type), vc = as_contiguous(values, type);
-  const Tensor out = empty_tensor({c.images, in_channels, height, width}, type);
-  const int64_t pixels = height * width, tokens = c.images * pixels;
-  Sink sink{nullptr, false, in_channels, 0, pixels};
+  const Tensor out = empty_tensor(c.in_shape(), type);
   if (type == ScalarType::Double) {
-    const double* v = vc.const_data_ptr<double>();
-    std::vector<double> w(p.nnz);
-    for (int64_t i = 0; i < p.nnz; ++i) w[i] = v[t.perm[i]];
+    const std::vector<double> w = permuted(vc.const_data_ptr<double>(), t.perm, p.nnz);
     spmm_double(c, make_reference(c, gc.const_data_ptr<double>(), true), t.crow, t.col, w.data(),
-                nullptr, kNone, sink, out.mutable_data_ptr<double>());
+                nullptr, kNone, c.in_sink(nullptr), out.mutable_data_ptr<double>());
     return out;
   }
-  Planes planes;
-  make_planes(gc, c.images, c.out_channels, c.backward_y(), c.backward_x(), kPlanes, &planes);
-  sink.data = out.mutable_data_ptr<float>();
-  run_spmm(t.plan, {vc.const_data_ptr<float>(),
-                    t.perm,
-                    nullptr,
-                    kNone,
-                    {nullptr, &planes.source},
-                    sink,
-                    tokens,
-                    groups,
-                    c.out_per_group()});
+  run_backward(c, t.plan, {vc.const_data_ptr<float>(), t.perm}, gc, out);
   return to_dtype(out, grad.scalar_type());
 }
 
@@ -131,41 +93,22 @@ Tensor csr_conv2d_grad_values_cpu(const Tensor& grad, const Tensor& x, const Ten
                                   const std::vector<int64_t> padding,
                                   const std::vector<int64_t> dilation, int64_t groups) {
   const std::string op = "csr_conv2d_grad_values";
-  check_dim(op, "x", x, 4);
-  check_operand(op, "x", x, x);
-  check_operand(op, "grad", grad, x);
-  const Conv c = make_conv(op, x.size(0), x.size(1), x.size(2), x.size(3), crow.numel() - 1, kernel,
-                           stride, padding, dilation, groups);
-  check_grad(op, grad, c);
-  const Pattern p =
-      check_pattern(op, crow, col, col.numel(), c.in_per_group() * c.taps(), groups, c.taps());
+  const Conv c =
+      conv_of_input(op, x, csr_rows(op, crow), {kernel, stride, padding, dilation, groups});
+  check_grad(op, grad, x, c);
+  const Pattern p = check_conv_pattern(op, crow, col, col.numel(), c);
   const PlanHolder holder = get_values_plan(op, p, plan_t);
   const ScalarType type = compute_type(x);
   const Tensor gc = as_contiguous(grad, type), xc = as_contiguous(x, type);
   const Tensor out = empty_tensor({p.nnz}, type);
-  const int64_t pixels = c.out_h * c.out_w, tokens = c.images * pixels;
   if (type == ScalarType::Double) {
-    const Sink layout{nullptr, false, p.rows, 0, pixels};
-    sddmm_double(c, make_reference(c, xc.const_data_ptr<double>(), false), p, layout,
+    sddmm_double(c, make_reference(c, xc.const_data_ptr<double>(), false), p, c.out_sink(nullptr),
                  gc.const_data_ptr<double>(), out.mutable_data_ptr<double>());
     return out;
   }
   Planes planes, grad_planes;
-  make_planes(xc, c.images, c.in_channels, c.forward_y(), c.forward_x(), kPlanes, &planes);
-  const auto as_it_is = [](int64_t n) { return forward_axis(n, n, 1, 1, 0, 1); };
-  make_planes(gc, c.images, p.rows, as_it_is(c.out_h), as_it_is(c.out_w), kGradPlanes,
-              &grad_planes);
-  run_sddmm(holder.view,
-            {nullptr,
-             nullptr,
-             nullptr,
-             kNone,
-             {nullptr, &planes.source},
-             {},
-             tokens,
-             groups,
-             c.in_per_group()},
-            {nullptr, &grad_planes.source}, out.mutable_data_ptr<float>());
+  run_sddmm(holder.view, forward_operands(c, xc, nullptr, &planes),
+            grad_source(c, gc, &grad_planes), out.mutable_data_ptr<float>());
   return to_dtype(out, x.scalar_type());
 }
 

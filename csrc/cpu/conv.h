@@ -1,8 +1,6 @@
 // The geometry of a convolution and its padded images, shared by the convolution ops of all
 // formats.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <string>
 #include <vector>
@@ -20,6 +18,12 @@ struct Conv {
   int64_t taps() const { return kernel_h * kernel_w; }
   int64_t in_per_group() const { return in_channels / groups; }
   int64_t out_per_group() const { return out_channels / groups; }
+  int64_t out_pixels() const { return images * out_h * out_w; }
+  int64_t in_pixels() const { return images * height * width; }
+  std::vector<int64_t> out_shape() const { return {images, out_channels, out_h, out_w}; }
+  std::vector<int64_t> in_shape() const { return {images, in_channels, height, width}; }
+  Sink out_sink(float* data) const { return {data, false, out_channels, 0, out_h * out_w, false}; }
+  Sink in_sink(float* data) const { return {data, false, in_channels, 0, height * width, false}; }
   Axis forward_y() const {
     return forward_axis(height, out_h, kernel_h, stride[0], padding[0], dilation[0]);
   }
@@ -60,13 +64,12 @@ struct Planes {
 // A vector read at the end of the last plane must stay inside the buffer.
 constexpr int64_t kSlack = 16;
 
-inline void make_planes(const Tensor& image, int64_t images, int64_t channels, const Axis& y,
+inline void make_planes(const float* src, int64_t images, int64_t channels, const Axis& y,
                         const Axis& x, ScratchSlot slot, Planes* p) {
   p->layout = plane_layout(y, x);
   const bool plain = is_plain(y, x);
   const int64_t taps = static_cast<int64_t>(p->layout.tap_offset.size());
   const PlaneLayout& l = p->layout;
-  const float* src = image.const_data_ptr<float>();
   const int64_t floats = images * channels * l.plane_size;
   float* dst = plain ? nullptr : thread_scratch(slot, floats + kSlack);
   p->source = {plain ? src : dst,   channels, l.plane_size, l.pitch, 0, taps,
@@ -94,28 +97,121 @@ inline void check_pair(const std::string& op, const char* name, const std::vecto
   }
 }
 
-inline Conv make_conv(const std::string& op, int64_t images, int64_t in_channels, int64_t height,
-                      int64_t width, int64_t rows, const std::vector<int64_t>& kernel,
-                      const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                      const std::vector<int64_t>& dilation, int64_t groups) {
-  check_pair(op, "kernel_size", kernel, 1);
-  check_pair(op, "stride", stride, 1);
-  check_pair(op, "padding", padding, 0);
-  check_pair(op, "dilation", dilation, 1);
-  if (groups < 1 || in_channels % groups || rows % groups)
+// The arguments of nn.Conv2d.
+struct Geometry {
+  const std::vector<int64_t>&kernel, &stride, &padding, &dilation;
+  int64_t groups;
+};
+
+inline Conv make_conv(const std::string& op, const std::vector<int64_t>& input, int64_t rows,
+                      const Geometry& g) {
+  check_pair(op, "kernel_size", g.kernel, 1);
+  check_pair(op, "stride", g.stride, 1);
+  check_pair(op, "padding", g.padding, 0);
+  check_pair(op, "dilation", g.dilation, 1);
+  if (g.groups < 1 || input[1] % g.groups || rows % g.groups)
     fail(op,
-         "groups that divide in_channels = " + std::to_string(in_channels) +
+         "groups that divide in_channels = " + std::to_string(input[1]) +
              " and out_channels = " + std::to_string(rows),
-         std::to_string(groups));
+         std::to_string(g.groups));
   const auto size = [&](int64_t n, int i) {
-    const int64_t span = n + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1;
+    const int64_t span = n + 2 * g.padding[i] - g.dilation[i] * (g.kernel[i] - 1) - 1;
     if (span < 0)
       fail(op, "an input at least as large as the kernel",
-           "input size " + std::to_string(n) + " with kernel_size " + std::to_string(kernel[i]));
-    return span / stride[i] + 1;
+           "input size " + std::to_string(n) + " with kernel_size " + std::to_string(g.kernel[i]));
+    return span / g.stride[i] + 1;
   };
-  return {images,    in_channels, height, width,  rows,    size(height, 0), size(width, 1),
-          kernel[0], kernel[1],   groups, stride, padding, dilation};
+  return {input[0],          input[1],          input[2],    input[3],    rows,
+          size(input[2], 0), size(input[3], 1), g.kernel[0], g.kernel[1], g.groups,
+          g.stride,          g.padding,         g.dilation};
+}
+
+// The convolution of input x, which is checked.
+inline Conv conv_of_input(const std::string& op, const Tensor& x, int64_t rows, const Geometry& g) {
+  check_dim(op, "x", x, 4);
+  check_operand(op, "x", x, x);
+  return make_conv(op, {x.size(0), x.size(1), x.size(2), x.size(3)}, rows, g);
+}
+
+// Checks the gradient of the output of c.
+inline void check_grad(const std::string& op, const Tensor& grad, const Tensor& like,
+                       const Conv& c) {
+  check_dim(op, "grad", grad, 4);
+  check_operand(op, "grad", grad, like);
+  check_size(op, "grad.size(0) = images", grad.size(0), c.images);
+  check_size(op, "grad.size(1) = out_channels", grad.size(1), c.out_channels);
+  check_size(op, "grad.size(2) = output height", grad.size(2), c.out_h);
+  check_size(op, "grad.size(3) = output width", grad.size(3), c.out_w);
+}
+
+// The convolution whose output gradient is `grad`, which is checked. `input`: (channels, height,
+// width).
+inline Conv conv_of_grad(const std::string& op, const Tensor& grad,
+                         const std::vector<int64_t>& input, int64_t rows, const Geometry& g) {
+  check_dim(op, "grad", grad, 4);
+  const Conv c = make_conv(op, {grad.size(0), input[0], input[1], input[2]}, rows, g);
+  check_grad(op, grad, grad, c);
+  return c;
+}
+
+// Of a product with padded planes; the values, and what comes after it, are left to the caller.
+inline Operands image_operands(const Conv& c, const Planes& planes, const Sink& sink,
+                               int64_t tokens, int64_t channels_per_group) {
+  Operands o{};
+  o.source = {nullptr, &planes.source};
+  o.sink = sink, o.tokens = tokens;
+  o.groups = c.groups, o.channels_per_group = channels_per_group;
+  return o;
+}
+
+// From an input x, contiguous float32, to the output y.
+inline Operands forward_operands(const Conv& c, const Tensor& x, float* y, Planes* planes) {
+  make_planes(x.const_data_ptr<float>(), c.images, c.in_channels, c.forward_y(), c.forward_x(),
+              kPlanes, planes);
+  return image_operands(c, *planes, c.out_sink(y), c.out_pixels(), c.in_per_group());
+}
+
+// From the gradient of the output to that of the input.
+inline Operands backward_operands(const Conv& c, const Tensor& grad, float* out, Planes* planes) {
+  make_planes(grad.const_data_ptr<float>(), c.images, c.out_channels, c.backward_y(),
+              c.backward_x(), kPlanes, planes);
+  return image_operands(c, *planes, c.in_sink(out), c.in_pixels(), c.out_per_group());
+}
+
+// The gradient of the output as it is, for the weight gradient.
+inline Source grad_source(const Conv& c, const Tensor& grad, Planes* planes) {
+  const auto as_it_is = [](int64_t n) { return forward_axis(n, n, 1, 1, 0, 1); };
+  make_planes(grad.const_data_ptr<float>(), c.images, c.out_channels, as_it_is(c.out_h),
+              as_it_is(c.out_w), kGradPlanes, planes);
+  return {nullptr, &planes->source};
+}
+
+// The dense operand of a convolution, contiguous (images, channels, height, width).
+struct ConvImage {
+  const float* data;
+  int64_t images, channels, height, width;
+};
+
+// out = act(conv(image, values) + bias), split over threads; makes the source of the operands.
+void run_conv(const PlanView& plan, Operands operands, const ConvImage& image, const Axis& y,
+              const Axis& x);
+
+// From an input x, contiguous float32, to the output y; the operands hold values, bias, activation.
+inline void run_forward(const Conv& c, const PlanView& plan, Operands o, const Tensor& x,
+                        const Tensor& y) {
+  o.sink = c.out_sink(y.mutable_data_ptr<float>());
+  o.tokens = c.out_pixels(), o.groups = c.groups, o.channels_per_group = c.in_per_group();
+  run_conv(plan, o, {x.const_data_ptr<float>(), c.images, c.in_channels, c.height, c.width},
+           c.forward_y(), c.forward_x());
+}
+
+// From the gradient of the output to that of the input; the operands hold values and perm.
+inline void run_backward(const Conv& c, const PlanView& plan, Operands o, const Tensor& grad,
+                         const Tensor& out) {
+  o.sink = c.in_sink(out.mutable_data_ptr<float>());
+  o.tokens = c.in_pixels(), o.groups = c.groups, o.channels_per_group = c.out_per_group();
+  run_conv(plan, o, {grad.const_data_ptr<float>(), c.images, c.out_channels, c.out_h, c.out_w},
+           c.backward_y(), c.backward_x());
 }
 
 // float64 by plain loops, group by group. `backward` walks from the output to the input.
@@ -139,14 +235,6 @@ inline Reference make_reference(const Conv& c, const double* data, bool backward
     std::swap(r.source.width, r.source.out_w);
   }
   return r;
-}
-
-inline void check_grad(const std::string& op, const Tensor& grad, const Conv& c) {
-  check_dim(op, "grad", grad, 4);
-  check_size(op, "grad.size(0) = images", grad.size(0), c.images);
-  check_size(op, "grad.size(1) = out_channels", grad.size(1), c.out_channels);
-  check_size(op, "grad.size(2) = output height", grad.size(2), c.out_h);
-  check_size(op, "grad.size(3) = output width", grad.size(3), c.out_w);
 }
 
 }  // namespace sparsekern

@@ -27,6 +27,7 @@ SK_INLINE Vec gelu_tanh(Vec x) {
 SK_INLINE Vec activate(Vec x, Activation a) {
   switch (a) {
     case kRelu: return max(Vec::set(0.f), x);
+    case kRelu6: return min(Vec::set(6.f), max(Vec::set(0.f), x));
     case kGelu: return gelu(x);
     case kGeluTanh: return gelu_tanh(x);
     default: return x;
@@ -41,7 +42,9 @@ struct RowSums {
   // Last block of columns, and the tokens lie side by side in the result: rows go there at once.
   float* out;  // null: to `sums`
   int64_t out_stride;
-  bool relu, stream;
+  Activation activation;  // of those that go to `out`: none, relu or relu6
+  bool stream;
+  const LineOut* lines;  // null: vectors follow each other in `out`
 };
 
 template <int R>
@@ -55,26 +58,36 @@ SK_INLINE void start_row(const RowSums& c, int64_t row, Vec* acc) {
   }
 }
 
-// Stores R vectors from position `at` on of a row of `panel` floats.
+SK_INLINE void store_line(Vec v, float* row, const LineOut& lines, int64_t j) {
+  if (lines.lanes[j] == Vec::N) v.store(row + lines.at[j]);
+  else v.store(row + lines.at[j], lines.lanes[j]);
+}
+
+// Stores R vectors from vector `first` on of a row of `panel` floats.
 template <int R>
-SK_INLINE void finish_row(const RowSums& c, int64_t row, int64_t panel, int64_t at,
+SK_INLINE void finish_row(const RowSums& c, int64_t row, int64_t panel, int64_t first,
                           const Vec* acc) {
   if (!c.out) {
-    float* p = c.sums + (row - c.row0) * panel + at;
+    float* p = c.sums + (row - c.row0) * panel + first * Vec::N;
     for (int j = 0; j < R; ++j) acc[j].store(p + j * Vec::N);
     return;
   }
-  float* p = c.out + (row - c.row0) * c.out_stride + at;
+  float* p = c.out + (row - c.row0) * c.out_stride;
   for (int j = 0; j < R; ++j) {
-    const Vec v = c.relu ? max(Vec::set(0.f), acc[j]) : acc[j];
-    c.stream ? v.stream(p + j * Vec::N) : v.store(p + j * Vec::N);
+    Vec v = acc[j];
+    if (c.activation != kNone) v = max(Vec::set(0.f), v);
+    if (c.activation == kRelu6) v = min(Vec::set(6.f), v);
+    float* to = p + (first + j) * Vec::N;
+    if (c.lines) store_line(v, p, *c.lines, first + j);
+    else c.stream ? v.stream(to) : v.store(to);
   }
 }
 
-template <int R>
+// S: floats that one step of an offset stands for.
+template <int R, int S>
 SK_INLINE void add_products(const float* panel, float value, int64_t offset, Vec* acc) {
   const Vec w = broadcast(value);
-  const float* x = panel + offset * (R * Vec::N);
+  const float* x = panel + offset * S;
   asm("" : "+r"(x));
 #pragma GCC unroll 8
   for (int j = 0; j < R; ++j) acc[j] = add_product(w, Vec::load(x + j * Vec::N), acc[j]);
@@ -96,7 +109,7 @@ struct Stream {
 };
 
 // U rows side by side, so that enough independent sums hide the latency of the FMA when R is small.
-template <int R, int U>
+template <int R, int U, int S>
 SK_INLINE void run_rows(const Run* runs, Stream& stream, const float* panel, const RowSums& c) {
   Vec acc[U][R];
   const float* v[U];
@@ -108,18 +121,18 @@ SK_INLINE void run_rows(const Run* runs, Stream& stream, const float* panel, con
   const int32_t common = runs[U - 1].count;  // the smallest: runs are sorted
   for (int32_t i = 0; i < common; ++i) {
 #pragma GCC unroll 8
-    for (int u = 0; u < U; ++u) add_products<R>(panel, v[u][i], k[u][i], acc[u]);
+    for (int u = 0; u < U; ++u) add_products<R, S>(panel, v[u][i], k[u][i], acc[u]);
   }
   for (int u = 0; u < U; ++u) {
     for (int32_t i = common; i < runs[u].count; ++i)
-      add_products<R>(panel, v[u][i], k[u][i], acc[u]);
+      add_products<R, S>(panel, v[u][i], k[u][i], acc[u]);
     finish_row<R>(c, runs[u].row, R * Vec::N, 0, acc[u]);
   }
 }
 
 // A tile of rows with equal columns: each vector of the panel is loaded once for all of them. At
 // most four vectors at a time, so that the sums and what feeds them fit the registers.
-template <int R>
+template <int R, int S>
 SK_INLINE void run_tile(const Run* runs, Stream& stream, const float* panel, const RowSums& c) {
   constexpr int U = kTileRows, H = R < 4 ? R : R % 4 ? 3 : 4;
   const float* v[U];
@@ -136,7 +149,7 @@ SK_INLINE void run_tile(const Run* runs, Stream& stream, const float* panel, con
         acc[u][j] = c.first ? Vec::set(c.bias ? c.bias[runs[u].row] : 0.f)
                             : Vec::load(sums[u] + (h + j) * Vec::N);
     for (int32_t i = 0; i < runs[0].count; ++i) {
-      const float* p = panel + k[i] * (R * Vec::N) + h * Vec::N;
+      const float* p = panel + k[i] * S + h * Vec::N;
       Vec x[H];
       for (int j = 0; j < H; ++j) x[j] = Vec::load(p + j * Vec::N);
 #pragma GCC unroll 4
@@ -145,22 +158,22 @@ SK_INLINE void run_tile(const Run* runs, Stream& stream, const float* panel, con
         for (int j = 0; j < H; ++j) acc[u][j] = add_product(w, x[j], acc[u][j]);
       }
     }
-    for (int u = 0; u < U; ++u) finish_row<H>(c, runs[u].row, R * Vec::N, h * Vec::N, acc[u]);
+    for (int u = 0; u < U; ++u) finish_row<H>(c, runs[u].row, R * Vec::N, h, acc[u]);
   }
 }
 
-template <int R>
+template <int R, int S>
 void run_block(const Run* run, const Run* end, int32_t tiles, Stream stream, const float* panel,
                const RowSums& c) {
-  for (int32_t i = 0; i < tiles; ++i, run += kTileRows) run_tile<R>(run, stream, panel, c);
+  for (int32_t i = 0; i < tiles; ++i, run += kTileRows) run_tile<R, S>(run, stream, panel, c);
   constexpr int U = 4 * R >= 3 * kSums ? 1 : kSums / R;
   for (; run + U <= end; run += U) {
     // Rows come in order of their counts, so unpacked values do not stream: fetch ahead.
     if (!stream.packed)
       for (int u = 0; u < U; ++u) __builtin_prefetch(stream.values + run[u + 8].start);
-    run_rows<R, U>(run, stream, panel, c);
+    run_rows<R, U, S>(run, stream, panel, c);
   }
-  for (; run < end; ++run) run_rows<R, 1>(run, stream, panel, c);
+  for (; run < end; ++run) run_rows<R, 1, S>(run, stream, panel, c);
 }
 
 // Tiles transposed back to (tokens, rows).
@@ -219,10 +232,10 @@ SK_INLINE void set_direct_out(const SpmmArgs& a, int64_t row0, int64_t t0, int64
   constexpr int64_t P = R * Vec::N;
   const Sink& s = a.sink;
   if (s.token_major || t1 - t0 != P || t0 % s.pixels + P > s.pixels) return;
-  if (a.activation != kNone && a.activation != kRelu) return;
+  if (a.activation == kGelu || a.activation == kGeluTanh) return;
   c->out = s.data + (t0 / s.pixels * s.stride + s.row_offset + row0) * s.pixels + t0 % s.pixels;
   c->out_stride = s.pixels;
-  c->relu = a.activation == kRelu;
+  c->activation = a.activation;
   c->stream = can_stream(s, c->out);
 }
 
@@ -235,7 +248,7 @@ void spmm_panel(const SpmmArgs& a, int64_t t0, int64_t t1) {
   float* sums = a.scratch + (keep ? plan.n_col_blocks : 1) * plan.col_block * P;
   for (int64_t b = a.row_block_begin; b < a.row_block_end; ++b) {
     const int64_t row0 = plan.row_start[b], rows = plan.row_start[b + 1] - row0;
-    RowSums c{sums, row0, a.bias, true, nullptr, 0, false, false};
+    RowSums c{sums, row0, a.bias, true, nullptr, 0, kNone, false, nullptr};
     for (int64_t k = 0; k < plan.n_col_blocks; ++k) {
       float* panel = a.scratch + (keep ? k * plan.col_block * P : 0);
       const int64_t c0 = k * plan.col_block;
@@ -245,7 +258,7 @@ void spmm_panel(const SpmmArgs& a, int64_t t0, int64_t t1) {
       const int32_t first = plan.value_start[g];
       c.first = k == 0;
       if (k + 1 == plan.n_col_blocks) set_direct_out<R>(a, row0, t0, t1, &c);
-      run_block<R>(
+      run_block<R, R * Vec::N>(
           plan.runs + plan.run_start[g], plan.runs + plan.run_start[g + 1], plan.n_tiles[g],
           {a.values, a.packed ? a.packed + first : nullptr, plan.offsets + first}, panel, c);
     }

@@ -1,7 +1,5 @@
 #include "driver.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <cstdlib>
@@ -11,9 +9,10 @@ namespace sparsekern {
 Activation parse_activation(const std::string& op, const std::string& name) {
   if (name == "none") return kNone;
   if (name == "relu") return kRelu;
+  if (name == "relu6") return kRelu6;
   if (name == "gelu") return kGelu;
   if (name == "gelu_tanh") return kGeluTanh;
-  fail(op, "activation to be none, relu, gelu or gelu_tanh", "'" + name + "'");
+  fail(op, "activation to be none, relu, relu6, gelu or gelu_tanh", "'" + name + "'");
 }
 
 Tensor to_dtype(const Tensor& t, ScalarType dtype) {
@@ -35,10 +34,12 @@ Tensor empty_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
   for (size_t i = shape.size(); i-- > 1;)
     stride[i - 1] = stride[i] * std::max<int64_t>(1, shape[i]);
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  // Checked by hand: torch 2.11 and 2.13 have different macros for it.
+  const AOTITorchError error = aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.data(), stride.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      aoti_torch_device_type_cpu(), 0, &handle));
+      aoti_torch_device_type_cpu(), 0, &handle);
+  if (error != AOTI_TORCH_SUCCESS) fail("sparsekern", "memory for a result", "an error of torch");
   return Tensor(handle);
 }
 
@@ -50,6 +51,17 @@ void check_operand(const std::string& op, const char* name, const Tensor& t, con
          dtype_name(t.scalar_type()));
 }
 
+int64_t csr_rows(const std::string& op, const Tensor& crow) {
+  check_dim(op, "crow", crow, 1);
+  if (crow.size(0) < 1) fail(op, "crow of shape (rows + 1,)", shape_of(crow));
+  return crow.size(0) - 1;
+}
+
+void check_csr_values(const std::string& op, const Tensor& values, const Tensor& like) {
+  check_operand(op, "values", values, like);
+  check_dim(op, "values", values, 1);
+}
+
 Pattern check_pattern(const std::string& op, const Tensor& crow, const Tensor& col, int64_t nnz,
                       int64_t cols, int64_t groups, int64_t taps) {
   for (auto [name, t] : {std::pair{"crow", &crow}, std::pair{"col", &col}}) {
@@ -57,9 +69,8 @@ Pattern check_pattern(const std::string& op, const Tensor& crow, const Tensor& c
     check_dtype(op, name, *t, {ScalarType::Int});
     check_dim(op, name, *t, 1);
   }
-  if (crow.size(0) < 1) fail(op, "crow of shape (rows + 1,)", shape_of(crow));
+  const int64_t rows = csr_rows(op, crow);
   check_size(op, "col.size(0) = values.size(0)", col.size(0), nnz);
-  const int64_t rows = crow.size(0) - 1;
   if (cols > INT32_MAX) fail(op, "at most 2^31 - 1 columns", std::to_string(cols));
   return {packed(crow), packed(col), rows, cols, nnz, groups, taps};
 }
@@ -69,11 +80,17 @@ static void validate(const std::string& op, const Pattern& p) {
             [&](const std::string& wanted, const std::string& have) { fail(op, wanted, have); });
 }
 
-static Tensor check_plan_tensor(const std::string& op, const char* name, const Tensor& t) {
+Tensor check_plan_tensor(const std::string& op, const char* name, const Tensor& t) {
   check_cpu(op, name, t);
   check_dtype(op, name, t, {ScalarType::Int});
   check_dim(op, name, t, 1);
   return packed(t);
+}
+
+Tensor plan_tensor(const std::vector<int32_t>& words) {
+  const Tensor out = empty_tensor({static_cast<int64_t>(words.size())}, ScalarType::Int);
+  std::copy(words.begin(), words.end(), out.mutable_data_ptr<int32_t>());
+  return out;
 }
 
 PanelTokens panel_tokens() {
@@ -170,10 +187,7 @@ struct Scratch {
 // read from memory first. See bench/NOTES.md.
 constexpr int64_t kStreamFloats = int64_t{8} << 18;  // 8 MiB
 
-struct Split {
-  int64_t token_parts, token_chunk, row_parts, blocks_per_group;
-};
-
+// As split_rows; panels narrower than the kernel likes where there are no more blocks of rows.
 Split split_work(const PlanView& plan, int64_t tokens, int64_t groups, int64_t vectors) {
   const int64_t panel = kernels().width * vectors;
   const int64_t per_group = groups ? plan.n_row_blocks / groups : 0;
@@ -191,6 +205,16 @@ Split split_work(const PlanView& plan, int64_t tokens, int64_t groups, int64_t v
 }
 
 }  // namespace
+
+Split split_rows(int64_t work, int64_t tokens, int64_t panel, int64_t groups,
+                 int64_t rows_per_group) {
+  const int64_t threads = work * tokens < kSerialWork ? 1 : torch::stable::get_num_threads();
+  const int64_t token_parts = std::min(threads, std::max<int64_t>(1, tokens / panel));
+  const int64_t wanted = (threads + token_parts * groups - 1) / (token_parts * groups);
+  const int64_t chunk = (tokens + token_parts - 1) / token_parts, width = kernels().width;
+  return {token_parts, (chunk + width - 1) / width * width,
+          std::max<int64_t>(1, std::min(rows_per_group, wanted)), rows_per_group};
+}
 
 Source shifted(const Source& s, ImageSource* image, int64_t channels) {
   if (s.matrix) return s;
@@ -216,16 +240,12 @@ float* thread_scratch(ScratchSlot slot, int64_t floats) {
   return scratch.data;
 }
 
-// Groups of runs that are worth a thread when values are only moved.
-static int64_t pack_grain(const PlanView& plan) {
+int64_t pack_grain(const PlanView& plan) {
   const int64_t n = plan.n_row_blocks * plan.n_col_blocks;
   return std::max<int64_t>(1, 65536 * n / std::max<int64_t>(1, plan.nnz));
 }
 
-// The values in the order in which the kernel reads them. Worth its time from the second panel of
-// tokens on; null before that, unless the values are permuted anyhow.
-static const float* pack_values(const PlanView& plan, const Operands& o) {
-  if (!o.perm && o.tokens <= kernels().width * panel_vectors()) return nullptr;
+const float* pack_values(const PlanView& plan, const Operands& o) {
   float* packed = thread_scratch(kPacked, plan.nnz);
   const int64_t n = plan.n_row_blocks * plan.n_col_blocks;
   torch::stable::parallel_for(0, n, pack_grain(plan), [&](int64_t begin, int64_t end) {
@@ -240,44 +260,27 @@ static void run_panels(const PlanView& plan, const Operands& o, const float* pac
   const Split s = split_work(plan, o.tokens, o.groups, vectors);
   Sink sink = o.sink;
   sink.stream = !sink.token_major && o.tokens * sink.stride >= kStreamFloats;
-  const int64_t tasks = s.token_parts * s.row_parts * o.groups;
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t part = task % s.token_parts, rest = task / s.token_parts;
-      const int64_t row_part = rest % s.row_parts, group = rest / s.row_parts;
-      const int64_t t0 = std::min(o.tokens, part * s.token_chunk);
-      ImageSource image;
-      SpmmArgs a{plan,
-                 o.values,
-                 packed,
-                 o.bias,
-                 o.activation,
-                 shifted(o.source, &image, group * o.channels_per_group),
-                 sink,
-                 group * s.blocks_per_group + row_part * s.blocks_per_group / s.row_parts,
-                 group * s.blocks_per_group + (row_part + 1) * s.blocks_per_group / s.row_parts,
-                 t0,
-                 std::min(o.tokens, t0 + s.token_chunk),
-                 vectors,
-                 nullptr};
-      a.scratch = thread_scratch(kTaskScratch, spmm_scratch(plan, a.vectors * kernels().width));
-      spmm(a);
-    }
+  for_each_task(s, o, [&](const Task& t) {
+    SpmmArgs a{plan,        o.values,  packed,        o.bias,      o.activation, t.source, sink,
+               t.row_begin, t.row_end, t.token_begin, t.token_end, vectors,      nullptr};
+    a.scratch = thread_scratch(kTaskScratch, spmm_scratch(plan, a.vectors * kernels().width));
+    spmm(a);
   });
 }
 
 void run_spmm(const PlanView& plan, const Operands& o) {
   if (o.tokens == 0 || plan.rows == 0) return;
-  run_panels(plan, o, pack_values(plan, o), panel_vectors(), kernels().spmm);
+  // Packing is worth its time from the second panel on, or where values are permuted anyhow.
+  const bool pack = o.perm || o.tokens > kernels().width * panel_vectors();
+  run_panels(plan, o, pack ? pack_values(plan, o) : nullptr, panel_vectors(), kernels().spmm);
 }
 
-void run_spmm_int8(const PlanView& plan, const int8_t* values, const float* scales,
-                   const Operands& o) {
+void run_spmm_int8(const PlanView& plan, const Operands& o) {
   if (o.tokens == 0 || plan.rows == 0) return;
   float* packed = thread_scratch(kPacked, plan.nnz);
   const int64_t n = plan.n_row_blocks * plan.n_col_blocks;
   torch::stable::parallel_for(0, n, pack_grain(plan), [&](int64_t begin, int64_t end) {
-    kernels().pack_int8(plan, values, scales, packed, begin, end);
+    kernels().pack_int8(plan, o.quantized, o.scales, packed, begin, end);
   });
   run_panels(plan, o, packed, panel_vectors(), kernels().spmm);
 }
@@ -294,20 +297,24 @@ void run_spmm_pairs(const PairView& pairs, const uint16_t* values, const Operand
   run_panels(plan, o, packed, k.vectors, k.spmm);
 }
 
+GradPanels grad_panels(const Source& grad, int64_t rows, int64_t tokens) {
+  const int64_t vectors = kernels().sddmm_vectors, panel = kernels().width * vectors;
+  const int64_t n = (tokens + panel - 1) / panel, stride = rows * panel;
+  float* data = thread_scratch(kGradPanels, n * stride);
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      kernels().fill_panel(grad, data + p * stride, vectors, p * panel,
+                           std::min(tokens, (p + 1) * panel), 0, rows);
+  });
+  return {data, stride, panel};
+}
+
 void run_sddmm(const PlanView& plan, const Operands& o, const Source& grad, float* out) {
   if (o.tokens == 0 || plan.nnz == 0) {
     std::fill_n(out, plan.nnz, 0.f);
     return;
   }
-  const int64_t panel = kernels().width * kernels().sddmm_vectors;
-  const int64_t n_panels = (o.tokens + panel - 1) / panel;
-  const int64_t stride = plan.rows * panel;
-  float* panels = thread_scratch(kGradPanels, n_panels * stride);
-  torch::stable::parallel_for(0, n_panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p)
-      kernels().fill_panel(grad, panels + p * stride, kernels().sddmm_vectors, p * panel,
-                           std::min(o.tokens, (p + 1) * panel), 0, plan.rows);
-  });
+  const GradPanels panels = grad_panels(grad, plan.rows, o.tokens);
   // A task is a row block with some of its blocks of columns: enough of them for all threads.
   float* packed = thread_scratch(kPacked, plan.nnz);
   const int64_t wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
@@ -319,15 +326,15 @@ void run_sddmm(const PlanView& plan, const Operands& o, const Source& grad, floa
       const int64_t block = task / parts, part = task % parts;
       ImageSource image;
       SddmmArgs a{plan,
-                  panels,
-                  stride,
+                  panels.data,
+                  panels.stride,
                   shifted(o.source, &image, block / per_group * o.channels_per_group),
                   packed,
                   block,
                   part * plan.n_col_blocks / parts,
                   (part + 1) * plan.n_col_blocks / parts,
                   o.tokens,
-                  thread_scratch(kTaskScratch, plan.col_block * panel)};
+                  thread_scratch(kTaskScratch, plan.col_block * panels.width)};
       kernels().sddmm(a);
     }
   });

@@ -1,5 +1,8 @@
 // Between the ops and the kernels: checked patterns, plans, scratch memory and threads.
 #pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -21,8 +24,20 @@ struct Pattern {
   const int32_t* col_data() const { return col.const_data_ptr<int32_t>(); }
 };
 
+// int32 with one dimension, contiguous.
+Tensor check_plan_tensor(const std::string& op, const char* name, const Tensor& t);
+
+// What the ops that make plans return.
+Tensor plan_tensor(const std::vector<int32_t>& words);
+
 Pattern check_pattern(const std::string& op, const Tensor& crow, const Tensor& col, int64_t nnz,
                       int64_t cols, int64_t groups = 1, int64_t taps = 1);
+
+// Rows of a CSR pattern.
+int64_t csr_rows(const std::string& op, const Tensor& crow);
+
+// (nnz,) values of the dtype of `like`.
+void check_csr_values(const std::string& op, const Tensor& values, const Tensor& like);
 
 // Of the table that runs.
 PanelTokens panel_tokens();
@@ -54,7 +69,15 @@ TransposedHolder get_transposed(const std::string& op, const Pattern& p,
 
 // Memory of the calling thread that outlives the call: fresh pages for every call would cost as
 // much as small layers do. 64-byte aligned, valid until the thread asks for the same slot again.
-enum ScratchSlot { kTaskScratch, kPlanes, kGradPlanes, kGradPanels, kPacked, kScratchSlots };
+enum ScratchSlot {
+  kTaskScratch,
+  kPlanes,
+  kGradPlanes,
+  kGradPanels,
+  kPacked,
+  kLineOffsets,
+  kScratchSlots
+};
 float* thread_scratch(ScratchSlot slot, int64_t floats);
 
 struct Operands {
@@ -67,7 +90,15 @@ struct Operands {
   int64_t tokens;
   int64_t groups;
   int64_t channels_per_group;  // of the source, when it is an image
+  const int8_t* quantized;     // takes the place of `values` where `scales` is set,
+  const float* scales;         // one per row
 };
+
+// The values in the order in which the kernel reads them, in scratch of the calling thread.
+const float* pack_values(const PlanView& plan, const Operands& operands);
+
+// Groups of runs that are worth a thread when values are only moved.
+int64_t pack_grain(const PlanView& plan);
 
 // out = act(values * source + bias), split over threads.
 void run_spmm(const PlanView& plan, const Operands& operands);
@@ -77,13 +108,20 @@ bool few_tokens(const PlanView& plan, int64_t tokens);
 
 // As run_spmm for a matrix (tokens, cols) and few tokens.
 void run_few(const PlanView& plan, const int32_t* crow, const Operands& operands);
+
 // As run_spmm for bfloat16: the source holds words of two, sink.data points to bfloat16, `values`
 // of the operands is not read.
 void run_spmm_pairs(const PairView& pairs, const uint16_t* values, const Operands& operands);
 
-// As run_spmm for int8 values and a scale per row, in the place of `values` of the operands.
-void run_spmm_int8(const PlanView& plan, const int8_t* values, const float* scales,
-                   const Operands& operands);
+// As run_spmm for int8 values.
+void run_spmm_int8(const PlanView& plan, const Operands& operands);
+
+// A gradient (tokens, rows) in panels of sddmm's width, one after the other, in scratch memory.
+struct GradPanels {
+  const float* data;
+  int64_t stride, width;  // floats between two panels, tokens in one
+};
+GradPanels grad_panels(const Source& grad, int64_t rows, int64_t tokens);
 
 // out[i] = <grad of row(i), source of col(i)>, split over threads.
 void run_sddmm(const PlanView& plan, const Operands& operands, const Source& grad, float* out);
@@ -116,8 +154,63 @@ inline int64_t tokens_of(const Tensor& x) {
   return n;
 }
 
+// The last size of a dense operand (..., what), which must have one.
+inline int64_t check_features(const std::string& op, const char* name, const char* what,
+                              const Tensor& t, const Tensor& like) {
+  check_operand(op, name, t, like);
+  if (t.dim() < 1) fail(op, std::string(name) + " of shape (..., " + what + ")", "a scalar");
+  return t.size(t.dim() - 1);
+}
+
+inline Sink matrix_sink(float* data, int64_t rows) {
+  return {data, true, rows, 0, 0, false};
+}
+
+// Of a product with a matrix; the values, and what comes after the product, are left to the caller.
+inline Operands matrix_operands(const MatrixSource* matrix, const Sink& sink, int64_t tokens) {
+  Operands o{};
+  o.source = {matrix, nullptr};
+  o.sink = sink, o.tokens = tokens, o.groups = 1;
+  return o;
+}
+
+// How a product is cut into tasks for the threads: parts of the tokens x parts of the rows x
+// groups. Rows are counted in what the kernel takes them by: blocks of rows, or rows.
+struct Split {
+  int64_t token_parts, token_chunk, row_parts, rows_per_group;
+};
+
+// Whole panels first, then rows. `work`: multiply-adds per token.
+Split split_rows(int64_t work, int64_t tokens, int64_t panel, int64_t groups,
+                 int64_t rows_per_group);
+
+struct Task {
+  int64_t row_begin, row_end;  // of one group
+  int64_t token_begin, token_end;
+  Source source;  // of that group
+};
+
 // A source whose group of channels starts `channels` further; `image` holds it, if it is an image.
 Source shifted(const Source& s, ImageSource* image, int64_t channels);
+
+// Calls f(task) for all tasks, on all threads.
+template <class F>
+void for_each_task(const Split& s, const Operands& o, F f) {
+  const int64_t tasks = s.token_parts * s.row_parts * o.groups;
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task % s.token_parts, rest = task / s.token_parts;
+      const int64_t row_part = rest % s.row_parts, group = rest / s.row_parts;
+      const int64_t row0 = group * s.rows_per_group;
+      const int64_t t0 = std::min(o.tokens, part * s.token_chunk);
+      ImageSource image;
+      f(Task{row0 + row_part * s.rows_per_group / s.row_parts,
+             row0 + (row_part + 1) * s.rows_per_group / s.row_parts, t0,
+             std::min(o.tokens, t0 + s.token_chunk),
+             shifted(o.source, &image, group * o.channels_per_group)});
+    }
+  });
+}
 
 // Bias of the right size and dtype, contiguous in the type that is computed in.
 inline std::optional<Tensor> check_bias(const std::string& op, const std::optional<Tensor>& bias,

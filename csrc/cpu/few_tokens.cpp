@@ -1,8 +1,6 @@
 // Few tokens: the weights are read once or twice, at the speed of memory; see spmv.inl.
 #include "driver.h"
 
-#include <torch/csrc/stable/ops.h>
-
 namespace sparsekern {
 namespace {
 

@@ -1,31 +1,69 @@
-// CPU registration of the linear op with int8 values: they are spread to float32 in front of the
-// product, where many tokens pack them anyhow, so it runs as that of float32 values and what is
-// kept takes a byte for each. The schema and the fake are in sparsekern/ops/csr_int8.py.
+// CPU registrations of the linear ops with int8 values and a scale per output. Products and sums
+// are float32: csr spreads the values in front of the product, where many tokens pack them anyhow;
+// blocks are spread once for all tokens of a panel, and the sums scaled. The schemas and the fakes
+// are in sparsekern/ops/csr_int8.py and block_int8.py.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
+#include "block.h"
 #include "driver.h"
 
 namespace sparsekern {
 namespace {
-
-struct Int8Rows {
-  const int8_t* values;
-  const float* scales;
-};
 
 void check_float(const std::string& op, const char* name, const Tensor& t) {
   check_cpu(op, name, t);
   check_dtype(op, name, t, {ScalarType::Float, ScalarType::BFloat16});
 }
 
+// Checks x and values; returns in_features.
+int64_t check_int8(const std::string& op, const Tensor& x, const Tensor& values) {
+  check_float(op, "x", x);
+  check_cpu(op, "values", values);
+  check_dtype(op, "values", values, {ScalarType::Char});
+  return check_features(op, "x", "in_features", x, x);
+}
+
+// Contiguous operands, kept until the product is done.
+struct Int8Linear {
+  Tensor x, values, scales, y;
+  std::optional<Tensor> bias;
+  MatrixSource matrix;
+  Operands operands;
+};
+
+// Checks what is left and fills in `l`. The bias is float32 or bfloat16, whatever x is.
+void prepare(const std::string& op, const Tensor& x, const Tensor& values, const Tensor& scales,
+             const std::optional<Tensor>& bias, int64_t rows, Activation activation,
+             Int8Linear* l) {
+  check_cpu(op, "scales", scales);
+  check_dtype(op, "scales", scales, {ScalarType::Float});
+  check_dim(op, "scales", scales, 1);
+  check_size(op, "scales.size(0) = out_features", scales.size(0), rows);
+  if (bias) {
+    check_float(op, "bias", *bias);
+    check_dim(op, "bias", *bias, 1);
+    check_size(op, "bias.size(0) = out_features", bias->size(0), rows);
+    l->bias = as_contiguous(*bias, ScalarType::Float);
+  }
+  l->x = as_contiguous(x, ScalarType::Float);
+  l->values = as_contiguous(values, ScalarType::Char);
+  l->scales = as_contiguous(scales, ScalarType::Float);
+  l->y = empty_tensor(with_last(x, rows), ScalarType::Float);
+  l->matrix = {l->x.const_data_ptr<float>(), x.size(x.dim() - 1)};
+  const Sink sink = matrix_sink(l->y.mutable_data_ptr<float>(), rows);
+  l->operands = matrix_operands(&l->matrix, sink, tokens_of(x));
+  l->operands.quantized = l->values.const_data_ptr<int8_t>();
+  l->operands.scales = l->scales.const_data_ptr<float>();
+  l->operands.bias = data_or_null(l->bias), l->operands.activation = activation;
+}
+
 // As run_few for int8 values: all of them as float32, in the order of the CSR matrix.
-void run_few_int8(const PlanView& plan, const int32_t* crow, const Int8Rows& w, Operands o) {
+void run_few_int8(const PlanView& plan, const int32_t* crow, Operands o) {
   if (o.tokens == 0 || plan.rows == 0) return;
   float* spread = thread_scratch(kPacked, plan.nnz);
   const int64_t grain = std::max<int64_t>(1, 65536 * plan.rows / std::max<int64_t>(1, plan.nnz));
   torch::stable::parallel_for(0, plan.rows, grain, [&](int64_t begin, int64_t end) {
-    kernels().spread_int8(crow + begin, w.values, w.scales + begin, spread, end - begin);
+    kernels().spread_int8(crow + begin, o.quantized, o.scales + begin, spread, end - begin);
   });
   o.values = spread;
   run_few(plan, crow, o);
@@ -35,43 +73,41 @@ Tensor csr_linear_int8_cpu(const Tensor& x, const Tensor& values, const Tensor& 
                            const Tensor& crow, const Tensor& col, const std::optional<Tensor>& bias,
                            const std::optional<Tensor>& plan, const std::string& activation) {
   const std::string op = "csr_linear_int8";
-  check_float(op, "x", x);
-  if (x.dim() < 1) fail(op, "x of shape (..., in_features)", "a scalar");
-  check_cpu(op, "values", values);
-  check_dtype(op, "values", values, {ScalarType::Char});
+  const int64_t cols = check_int8(op, x, values);
   check_dim(op, "values", values, 1);
   const Activation act = parse_activation(op, activation);
-  const int64_t cols = x.size(x.dim() - 1), tokens = tokens_of(x);
   const Pattern p = check_pattern(op, crow, col, values.size(0), cols);
-  check_cpu(op, "scales", scales);
-  check_dtype(op, "scales", scales, {ScalarType::Float});
-  check_dim(op, "scales", scales, 1);
-  check_size(op, "scales.size(0) = out_features", scales.size(0), p.rows);
-  std::optional<Tensor> bc;  // in float32 or in the dtype of x, whatever x is
-  if (bias) {
-    check_float(op, "bias", *bias);
-    check_dim(op, "bias", *bias, 1);
-    check_size(op, "bias.size(0) = out_features", bias->size(0), p.rows);
-    bc = as_contiguous(*bias, ScalarType::Float);
-  }
+  Int8Linear l;
+  prepare(op, x, values, scales, bias, p.rows, act, &l);
   const PlanHolder holder = get_plan(op, p, plan);
-  const Tensor xc = as_contiguous(x, ScalarType::Float);
-  const Tensor vc = as_contiguous(values, ScalarType::Char);
-  const Tensor sc = as_contiguous(scales, ScalarType::Float);
-  const Tensor y = empty_tensor(with_last(x, p.rows), ScalarType::Float);
-  const MatrixSource matrix{xc.const_data_ptr<float>(), cols};
-  const Sink sink{y.mutable_data_ptr<float>(), true, p.rows, 0, 0, false};
-  const Operands o{nullptr, nullptr, data_or_null(bc), act, {&matrix, nullptr}, sink, tokens, 1, 0};
-  const Int8Rows w{vc.const_data_ptr<int8_t>(), sc.const_data_ptr<float>()};
-  if (few_tokens(holder.view, tokens)) run_few_int8(holder.view, p.crow_data(), w, o);
-  else run_spmm_int8(holder.view, w.values, w.scales, o);
-  return to_dtype(y, x.scalar_type());
+  if (few_tokens(holder.view, l.operands.tokens))
+    run_few_int8(holder.view, p.crow_data(), l.operands);
+  else run_spmm_int8(holder.view, l.operands);
+  return to_dtype(l.y, x.scalar_type());
+}
+
+Tensor block_linear_int8_cpu(const Tensor& x, const Tensor& values, const Tensor& scales,
+                             const Tensor& crow, const Tensor& col,
+                             const std::optional<Tensor>& bias, const std::optional<Tensor>& plan,
+                             int64_t out_features, const std::string& activation) {
+  const std::string op = "block_linear_int8";
+  const int64_t cols = check_int8(op, x, values);
+  check_block_sizes(op, values, col);
+  const Activation act = parse_activation(op, activation);
+  const BlockPattern p = check_block_pattern(
+      op, crow, col, {out_features, cols, values.size(1), values.size(2), 1, 1});
+  Int8Linear l;
+  prepare(op, x, values, scales, bias, out_features, act, &l);
+  check_block_plan(op, p, plan);
+  run_block_linear(p.view, l.operands);
+  return to_dtype(l.y, x.scalar_type());
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
   m.impl("csr_linear_int8", TORCH_BOX(&csr_linear_int8_cpu));
+  m.impl("block_linear_int8", TORCH_BOX(&block_linear_int8_cpu));
 }
 
 }  // namespace sparsekern

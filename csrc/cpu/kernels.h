@@ -7,7 +7,7 @@
 
 namespace sparsekern {
 
-enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3 };
+enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kRelu6 = 4 };
 
 // A row of the sparse matrix inside one block of columns: `count` values from `start` on, counted
 // in the order of the CSR matrix.
@@ -107,6 +107,41 @@ struct PlaneArgs {
   PlaneAxis y, x;
 };
 
+// Channels copied into lines, see lines.h. y.phase_size counts the rows of a phase that are filled.
+struct LineFill {
+  const float* src;  // (channels, y.size, x.size)
+  float* dst;
+  PlaneAxis y, x;
+  const int64_t* shift;  // (copies,)
+  int64_t channels, copies, copy_lines, pitch, phase_rows;
+  int64_t row0;  // of the strip, in the grid
+};
+
+// Where the vectors of a panel belong in a row of the result, and how many lanes of them.
+struct LineOut {
+  int64_t at[8], lanes[8];
+};
+
+// The product of a strip, see lines.h.
+struct LineArgs {
+  PlanView plan;
+  const float* packed;    // (nnz,) in the order of the runs
+  const uint16_t* lines;  // (nnz,) from the first channel of the block of columns
+  const float* bias;      // (rows,) or null
+  Activation activation;
+  // One of the two: the first line of the strip in the first channel of the group, as the image
+  // lies; or how to copy (fill.dst not null), with src of the first channel.
+  const float* source;
+  LineFill fill;
+  int64_t channel_lines, taps;
+  int64_t row_block_begin, row_block_end;
+  int64_t n_lines, pitch, out_w;  // of the strip; lines and floats of a row
+  float* out;                     // first row of the strip, of row 0 of the matrix
+  int64_t pixels;                 // floats between two rows of the matrix
+  int64_t vectors;                // lines per panel
+  float* sums;                    // (rows of a block, n_lines) lines
+};
+
 struct SpmmArgs {
   PlanView plan;
   const float* values;  // (nnz,) in the order of the CSR matrix, or null
@@ -180,8 +215,10 @@ struct BlockView {
 
 struct BlockArgs {
   BlockView view;
-  const float* values;  // (n_blocks, block_rows, block_cols)
-  const float* bias;    // (rows,) or null
+  const float* values;      // (n_blocks, block_rows, block_cols)
+  const int8_t* quantized;  // what takes its place where `scales` is set:
+  const float* scales;      // (rows,) what to multiply the sums by, or null
+  const float* bias;        // (rows,) or null
   Activation activation;
   Source source;
   Sink sink;
@@ -274,6 +311,8 @@ struct Kernels {
   // col_begin)][token]
   void (*fill_panel)(const Source&, float* dst, int64_t vectors, int64_t token_begin,
                      int64_t token_end, int64_t col_begin, int64_t col_end);
+  // As spmm, of a strip of an image that lies in lines or is copied into them, see lines.h.
+  void (*spmm_lines)(const LineArgs&);
   // Pads one channel of one image and splits it into phases, see planes.h.
   void (*fill_plane)(const PlaneArgs&);
   // y[t, r] = act(sum_k values[r, k] * x[t, k] + bias[r]) for rows [row_begin, row_end), few tokens
@@ -302,14 +341,18 @@ extern const Kernels kernels_avx512;
 extern const PairKernels pair_kernels_avx512bf16;
 #endif
 
-inline int64_t spmm_scratch(const PlanView& plan, int64_t panel) {
-  const int64_t blocks = plan.n_row_blocks > 1 ? plan.n_col_blocks : 1;
+inline int64_t largest_row_block(const PlanView& plan) {
   int64_t rows = 0;
   for (int64_t b = 0; b < plan.n_row_blocks; ++b) {
     const int64_t n = plan.row_start[b + 1] - plan.row_start[b];
     rows = n > rows ? n : rows;
   }
-  return (blocks * plan.col_block + rows) * panel;
+  return rows;
+}
+
+inline int64_t spmm_scratch(const PlanView& plan, int64_t panel) {
+  const int64_t blocks = plan.n_row_blocks > 1 ? plan.n_col_blocks : 1;
+  return (blocks * plan.col_block + largest_row_block(plan)) * panel;
 }
 
 inline int64_t nm_scratch(const NmArgs& a, int64_t panel) {
@@ -320,7 +363,10 @@ inline int64_t nm_scratch(const NmArgs& a, int64_t panel) {
 
 inline int64_t block_scratch(const BlockArgs& a, int64_t panel) {
   const int64_t per_panel = a.channel_blocks * a.view.block_cols * a.view.taps;
-  return (a.panels() * per_panel + a.row_blocks * a.view.block_rows) * panel + a.row_blocks;
+  // int8 blocks of one row of blocks in one panel, spread to float32
+  const int64_t spread = a.scales ? per_panel * a.view.block_rows : 0;
+  return (a.panels() * per_panel + a.row_blocks * a.view.block_rows) * panel + a.row_blocks +
+         spread;
 }
 
 }  // namespace sparsekern

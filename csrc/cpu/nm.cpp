@@ -1,8 +1,6 @@
 // N:M patterns: checks, plans and how the work is split over threads.
 #include "nm.h"
 
-#include <torch/csrc/stable/ops.h>
-
 namespace sparsekern {
 namespace {
 
@@ -37,13 +35,6 @@ void for_each_value(const NmView& v, F f) {
 // Groups of channels in a panel.
 int64_t panel_groups(const NmView& v) {
   return std::min(v.channel_groups(), std::max<int64_t>(1, kNmPanelCols / (v.m * v.taps)));
-}
-
-Tensor check_plan_tensor(const std::string& op, const char* name, const Tensor& t) {
-  check_cpu(op, name, t);
-  check_dtype(op, name, t, {ScalarType::Int});
-  check_dim(op, name, t, 1);
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 
 std::vector<int32_t> build_twin(const NmView& v) {
@@ -183,37 +174,26 @@ NmTwin get_nm_twin(const std::string& op, const NmPattern& p, const std::optiona
 
 void run_nm_spmm(const NmView& v, const uint16_t* offset, const Operands& o) {
   if (o.tokens == 0 || v.rows == 0) return;
-  const int64_t vectors = kNmVectors, width = kernels().width, panel = vectors * width;
-  int64_t threads = torch::stable::get_num_threads();
-  if (v.rows * v.slots() * o.tokens < kSerialWork) threads = 1;
-  const int64_t token_parts = std::min(threads, std::max<int64_t>(1, o.tokens / panel));
-  const int64_t per_group = v.rows / v.groups, tasks = token_parts * v.groups;
-  const int64_t row_parts = std::min(per_group, (threads + tasks - 1) / tasks);
-  const int64_t part = (o.tokens + token_parts - 1) / token_parts;
-  const int64_t chunk = (part + width - 1) / width * width;
-  torch::stable::parallel_for(0, tasks * row_parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t rest = task / token_parts, row_part = rest % row_parts;
-      const int64_t group = rest / row_parts, t0 = std::min(o.tokens, task % token_parts * chunk);
-      ImageSource image;
-      NmArgs a{v,
-               offset,
-               o.values,
-               o.bias,
-               o.activation,
-               shifted(o.source, &image, group * o.channels_per_group),
-               o.sink,
-               group * per_group + row_part * per_group / row_parts,
-               group * per_group + (row_part + 1) * per_group / row_parts,
-               t0,
-               std::min(o.tokens, t0 + chunk),
-               vectors,
-               panel_groups(v),
-               std::min(per_group, kNmRowsKept),
-               nullptr};
-      a.scratch = thread_scratch(kTaskScratch, nm_scratch(a, panel));
-      kernels().nm_spmm(a);
-    }
+  const int64_t panel = kNmVectors * kernels().width, per_group = v.rows / v.groups;
+  const Split s = split_rows(v.rows * v.slots(), o.tokens, panel, v.groups, per_group);
+  for_each_task(s, o, [&](const Task& t) {
+    NmArgs a{v,
+             offset,
+             o.values,
+             o.bias,
+             o.activation,
+             t.source,
+             o.sink,
+             t.row_begin,
+             t.row_end,
+             t.token_begin,
+             t.token_end,
+             kNmVectors,
+             panel_groups(v),
+             std::min(per_group, kNmRowsKept),
+             nullptr};
+    a.scratch = thread_scratch(kTaskScratch, nm_scratch(a, panel));
+    kernels().nm_spmm(a);
   });
 }
 

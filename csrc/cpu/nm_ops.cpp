@@ -1,7 +1,6 @@
 // CPU registrations of the N:M ops. The schemas, fakes and gradients are in sparsekern/ops/nm.py
 // and nm_conv.py.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include "conv.h"
 #include "nm.h"
@@ -12,14 +11,14 @@ namespace {
 // Up to this many tokens each runs alone.
 constexpr int64_t kSpmvTokens = 2;
 
-void spmv_rows(const NmView& v, const float* values, const float* x, const float* bias,
-               Activation activation, float* y, int64_t tokens) {
+void run_nm_spmv(const NmView& v, const Operands& o) {
   const int64_t grain = std::max<int64_t>(1, 30000 / std::max<int64_t>(1, v.slots()));
   torch::stable::parallel_for(0, v.rows, grain, [&](int64_t begin, int64_t end) {
     NmArgs a{};
-    a.view = v, a.values = values, a.bias = bias, a.activation = activation;
+    a.view = v, a.values = o.values, a.bias = o.bias, a.activation = o.activation;
     a.row_begin = begin, a.row_end = end;
-    for (int64_t t = 0; t < tokens; ++t) kernels().nm_spmv(a, x + t * v.channels, y + t * v.rows);
+    for (int64_t t = 0; t < o.tokens; ++t)
+      kernels().nm_spmv(a, o.source.matrix->data + t * v.channels, o.sink.data + t * v.rows);
   });
 }
 
@@ -33,10 +32,8 @@ Tensor nm_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& index,
                      const std::optional<Tensor>&, int64_t n, int64_t m,
                      const std::string& activation) {
   const std::string op = "nm_linear";
-  check_operand(op, "x", x, x);
-  if (x.dim() < 1) fail(op, "x of shape (..., in_features)", "a scalar");
+  const int64_t cols = check_features(op, "x", "in_features", x, x), tokens = tokens_of(x);
   const Activation act = parse_activation(op, activation);
-  const int64_t cols = x.size(x.dim() - 1), tokens = tokens_of(x);
   const NmPattern p = check_nm_pattern(op, index, {index.size(0), cols, n, m, 1, 1});
   const NmView& v = p.view;
   check_nm_values(op, values, x, v);
@@ -45,20 +42,17 @@ Tensor nm_linear_cpu(const Tensor& x, const Tensor& values, const Tensor& index,
   const ScalarType type = compute_type(x);
   const Tensor xc = as_contiguous(x, type), vc = as_contiguous(values, type);
   const Tensor y = empty_tensor(with_last(x, v.rows), type);
-  Sink sink{nullptr, true, v.rows, 0, 0};
   if (type == ScalarType::Double) {
     nm_spmm_reference(v, vc.const_data_ptr<double>(), double_or_null(b), act,
-                      {xc.const_data_ptr<double>(), cols}, sink, y.mutable_data_ptr<double>(),
-                      tokens);
+                      {xc.const_data_ptr<double>(), cols}, matrix_sink(nullptr, v.rows),
+                      y.mutable_data_ptr<double>(), tokens);
     return y;
   }
   const MatrixSource matrix{xc.const_data_ptr<float>(), cols};
-  const float* w = vc.const_data_ptr<float>();
-  sink.data = y.mutable_data_ptr<float>();
-  if (tokens <= kSpmvTokens) spmv_rows(v, w, matrix.data, data_or_null(b), act, sink.data, tokens);
-  else
-    run_nm_spmm(v, holder.offset,
-                {w, nullptr, data_or_null(b), act, {&matrix, nullptr}, sink, tokens, 1, 0});
+  Operands o = matrix_operands(&matrix, matrix_sink(y.mutable_data_ptr<float>(), v.rows), tokens);
+  o.values = vc.const_data_ptr<float>(), o.bias = data_or_null(b), o.activation = act;
+  if (tokens <= kSpmvTokens) run_nm_spmv(v, o);
+  else run_nm_spmm(v, holder.offset, o);
   return to_dtype(y, x.scalar_type());
 }
 
@@ -66,42 +60,34 @@ Tensor nm_linear_grad_input_cpu(const Tensor& grad, const Tensor& values, const 
                                 const std::optional<Tensor>& plan_t, int64_t in_features, int64_t n,
                                 int64_t m) {
   const std::string op = "nm_linear_grad_input";
-  check_operand(op, "grad", grad, grad);
-  const int64_t rows = grad.size(grad.dim() - 1), tokens = tokens_of(grad);
+  const int64_t rows = check_features(op, "grad", "out_features", grad, grad);
+  const int64_t tokens = tokens_of(grad);
   const NmPattern p = check_nm_pattern(op, index, {rows, in_features, n, m, 1, 1});
   check_nm_values(op, values, grad, p.view);
   const ScalarType type = compute_type(grad);
   const Tensor gc = as_contiguous(grad, type), vc = as_contiguous(values, type);
   const Tensor out = empty_tensor(with_last(grad, in_features), type);
-  Sink sink{nullptr, true, in_features, 0, 0};
   if (type == ScalarType::Double) {
     check_positions(op, p.view);
     nm_grad_input_reference(p.view, vc.const_data_ptr<double>(),
-                            {gc.const_data_ptr<double>(), rows}, sink,
+                            {gc.const_data_ptr<double>(), rows}, matrix_sink(nullptr, in_features),
                             out.mutable_data_ptr<double>(), tokens);
     return out;
   }
   const NmTwin twin = get_nm_twin(op, p, plan_t);
   const MatrixSource matrix{gc.const_data_ptr<float>(), rows};
-  sink.data = out.mutable_data_ptr<float>();
-  run_spmm(twin.transposed.plan, {vc.const_data_ptr<float>(),
-                                  twin.transposed.perm,
-                                  nullptr,
-                                  kNone,
-                                  {&matrix, nullptr},
-                                  sink,
-                                  tokens,
-                                  1,
-                                  0});
+  const Sink sink = matrix_sink(out.mutable_data_ptr<float>(), in_features);
+  Operands o = matrix_operands(&matrix, sink, tokens);
+  o.values = vc.const_data_ptr<float>(), o.perm = twin.transposed.perm;
+  run_spmm(twin.transposed.plan, o);
   return to_dtype(out, grad.scalar_type());
 }
 
 Tensor nm_linear_grad_values_cpu(const Tensor& grad, const Tensor& x, const Tensor& index,
                                  const std::optional<Tensor>& plan_t, int64_t n, int64_t m) {
   const std::string op = "nm_linear_grad_values";
-  check_operand(op, "x", x, x);
-  check_operand(op, "grad", grad, x);
-  const int64_t cols = x.size(x.dim() - 1), rows = grad.size(grad.dim() - 1), tokens = tokens_of(x);
+  const int64_t cols = check_features(op, "x", "in_features", x, x), tokens = tokens_of(x);
+  const int64_t rows = check_features(op, "grad", "out_features", grad, x);
   const NmPattern p = check_nm_pattern(op, index, {rows, cols, n, m, 1, 1});
   check_size(op, "tokens of grad = tokens of x", tokens_of(grad), tokens);
   const ScalarType type = compute_type(x);
@@ -110,7 +96,7 @@ Tensor nm_linear_grad_values_cpu(const Tensor& grad, const Tensor& x, const Tens
   if (type == ScalarType::Double) {
     check_positions(op, p.view);
     nm_grad_values_reference(p.view, {xc.const_data_ptr<double>(), cols},
-                             {nullptr, true, rows, 0, 0}, gc.const_data_ptr<double>(),
+                             matrix_sink(nullptr, rows), gc.const_data_ptr<double>(),
                              out.mutable_data_ptr<double>(), tokens);
     return out;
   }
@@ -118,13 +104,14 @@ Tensor nm_linear_grad_values_cpu(const Tensor& grad, const Tensor& x, const Tens
   const MatrixSource matrix{xc.const_data_ptr<float>(), cols};
   const MatrixSource grad_matrix{gc.const_data_ptr<float>(), rows};
   // One tap: the slots are sorted already.
-  run_sddmm(twin.plan, {nullptr, nullptr, nullptr, kNone, {&matrix, nullptr}, {}, tokens, 1, 0},
-            {&grad_matrix, nullptr}, out.mutable_data_ptr<float>());
+  run_sddmm(twin.plan, matrix_operands(&matrix, {}, tokens), {&grad_matrix, nullptr},
+            out.mutable_data_ptr<float>());
   return to_dtype(out, x.scalar_type());
 }
 
-NmShape nm_shape(const Conv& c, int64_t n, int64_t m) {
-  return {c.out_channels, c.in_per_group(), n, m, c.groups, c.taps()};
+NmPattern check_conv_pattern(const std::string& op, const Tensor& index, const Conv& c, int64_t n,
+                             int64_t m) {
+  return check_nm_pattern(op, index, {c.out_channels, c.in_per_group(), n, m, c.groups, c.taps()});
 }
 
 Tensor nm_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& index,
@@ -134,39 +121,25 @@ Tensor nm_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& index,
                      const std::vector<int64_t> padding, const std::vector<int64_t> dilation,
                      int64_t groups, const std::string& activation) {
   const std::string op = "nm_conv2d";
-  check_dim(op, "x", x, 4);
-  check_operand(op, "x", x, x);
+  const Conv c = conv_of_input(op, x, index.size(0), {kernel, stride, padding, dilation, groups});
   const Activation act = parse_activation(op, activation);
-  const Conv c = make_conv(op, x.size(0), x.size(1), x.size(2), x.size(3), index.size(0), kernel,
-                           stride, padding, dilation, groups);
-  const NmPattern p = check_nm_pattern(op, index, nm_shape(c, n, m));
+  const NmPattern p = check_conv_pattern(op, index, c, n, m);
   check_nm_values(op, values, x, p.view);
   const std::optional<Tensor> b = check_bias(op, bias, x, c.out_channels, "out_channels");
   const NmPlan holder = get_nm_plan(op, p, plan);
   const ScalarType type = compute_type(x);
   const Tensor xc = as_contiguous(x, type), vc = as_contiguous(values, type);
-  const Tensor y = empty_tensor({c.images, c.out_channels, c.out_h, c.out_w}, type);
-  const int64_t pixels = c.out_h * c.out_w, tokens = c.images * pixels;
-  Sink sink{nullptr, false, c.out_channels, 0, pixels};
+  const Tensor y = empty_tensor(c.out_shape(), type);
   if (type == ScalarType::Double) {
     const Reference r = make_reference(c, xc.const_data_ptr<double>(), false);
-    nm_spmm_reference(p.view, vc.const_data_ptr<double>(), double_or_null(b), act, r.source, sink,
-                      y.mutable_data_ptr<double>(), tokens);
+    nm_spmm_reference(p.view, vc.const_data_ptr<double>(), double_or_null(b), act, r.source,
+                      c.out_sink(nullptr), y.mutable_data_ptr<double>(), c.out_pixels());
     return y;
   }
   Planes planes;
-  make_planes(xc, c.images, c.in_channels, c.forward_y(), c.forward_x(), kPlanes, &planes);
-  sink.data = y.mutable_data_ptr<float>();
-  run_nm_spmm(p.view, holder.offset,
-              {vc.const_data_ptr<float>(),
-               nullptr,
-               data_or_null(b),
-               act,
-               {nullptr, &planes.source},
-               sink,
-               tokens,
-               groups,
-               c.in_per_group()});
+  Operands o = forward_operands(c, xc, y.mutable_data_ptr<float>(), &planes);
+  o.values = vc.const_data_ptr<float>(), o.bias = data_or_null(b), o.activation = act;
+  run_nm_spmm(p.view, holder.offset, o);
   return to_dtype(y, x.scalar_type());
 }
 
@@ -178,38 +151,23 @@ Tensor nm_conv2d_grad_input_cpu(const Tensor& grad, const Tensor& values, const 
                                 const std::vector<int64_t> padding,
                                 const std::vector<int64_t> dilation, int64_t groups) {
   const std::string op = "nm_conv2d_grad_input";
-  check_dim(op, "grad", grad, 4);
-  check_operand(op, "grad", grad, grad);
-  const Conv c = make_conv(op, grad.size(0), in_channels, height, width, index.size(0), kernel,
-                           stride, padding, dilation, groups);
-  check_grad(op, grad, c);
-  const NmPattern p = check_nm_pattern(op, index, nm_shape(c, n, m));
+  const Conv c = conv_of_grad(op, grad, {in_channels, height, width}, index.size(0),
+                              {kernel, stride, padding, dilation, groups});
+  const NmPattern p = check_conv_pattern(op, index, c, n, m);
   check_nm_values(op, values, grad, p.view);
   const ScalarType type = compute_type(grad);
   const Tensor gc = as_contiguous(grad, type), vc = as_contiguous(values, type);
-  const Tensor out = empty_tensor({c.images, in_channels, height, width}, type);
-  const int64_t pixels = height * width, tokens = c.images * pixels;
-  Sink sink{nullptr, false, in_channels, 0, pixels};
+  const Tensor out = empty_tensor(c.in_shape(), type);
   if (type == ScalarType::Double) {
     check_positions(op, p.view);
     const Reference r = make_reference(c, gc.const_data_ptr<double>(), true);
-    nm_grad_input_reference(p.view, vc.const_data_ptr<double>(), r.source, sink,
-                            out.mutable_data_ptr<double>(), tokens);
+    nm_grad_input_reference(p.view, vc.const_data_ptr<double>(), r.source, c.in_sink(nullptr),
+                            out.mutable_data_ptr<double>(), c.in_pixels());
     return out;
   }
   const NmTwin twin = get_nm_twin(op, p, plan_t);
-  Planes planes;
-  make_planes(gc, c.images, c.out_channels, c.backward_y(), c.backward_x(), kPlanes, &planes);
-  sink.data = out.mutable_data_ptr<float>();
-  run_spmm(twin.transposed.plan, {vc.const_data_ptr<float>(),
-                                  twin.transposed.perm,
-                                  nullptr,
-                                  kNone,
-                                  {nullptr, &planes.source},
-                                  sink,
-                                  tokens,
-                                  groups,
-                                  c.out_per_group()});
+  run_backward(c, twin.transposed.plan, {vc.const_data_ptr<float>(), twin.transposed.perm}, gc,
+               out);
   return to_dtype(out, grad.scalar_type());
 }
 
@@ -220,42 +178,24 @@ Tensor nm_conv2d_grad_values_cpu(const Tensor& grad, const Tensor& x, const Tens
                                  const std::vector<int64_t> padding,
                                  const std::vector<int64_t> dilation, int64_t groups) {
   const std::string op = "nm_conv2d_grad_values";
-  check_dim(op, "x", x, 4);
-  check_operand(op, "x", x, x);
-  check_operand(op, "grad", grad, x);
-  const Conv c = make_conv(op, x.size(0), x.size(1), x.size(2), x.size(3), index.size(0), kernel,
-                           stride, padding, dilation, groups);
-  check_grad(op, grad, c);
-  const NmPattern p = check_nm_pattern(op, index, nm_shape(c, n, m));
+  const Conv c = conv_of_input(op, x, index.size(0), {kernel, stride, padding, dilation, groups});
+  check_grad(op, grad, x, c);
+  const NmPattern p = check_conv_pattern(op, index, c, n, m);
   const ScalarType type = compute_type(x);
   const Tensor gc = as_contiguous(grad, type), xc = as_contiguous(x, type);
   const Tensor out = empty_tensor({c.out_channels, p.view.slots()}, type);
-  const int64_t pixels = c.out_h * c.out_w, tokens = c.images * pixels;
   if (type == ScalarType::Double) {
     check_positions(op, p.view);
     const Reference r = make_reference(c, xc.const_data_ptr<double>(), false);
-    nm_grad_values_reference(p.view, r.source, {nullptr, false, c.out_channels, 0, pixels},
-                             gc.const_data_ptr<double>(), out.mutable_data_ptr<double>(), tokens);
+    nm_grad_values_reference(p.view, r.source, c.out_sink(nullptr), gc.const_data_ptr<double>(),
+                             out.mutable_data_ptr<double>(), c.out_pixels());
     return out;
   }
   const NmTwin twin = get_nm_twin(op, p, plan_t);
   Planes planes, grad_planes;
-  make_planes(xc, c.images, c.in_channels, c.forward_y(), c.forward_x(), kPlanes, &planes);
-  const auto as_it_is = [](int64_t size) { return forward_axis(size, size, 1, 1, 0, 1); };
-  make_planes(gc, c.images, c.out_channels, as_it_is(c.out_h), as_it_is(c.out_w), kGradPlanes,
-              &grad_planes);
   std::vector<float> sorted(out.numel());
-  run_sddmm(twin.plan,
-            {nullptr,
-             nullptr,
-             nullptr,
-             kNone,
-             {nullptr, &planes.source},
-             {},
-             tokens,
-             groups,
-             c.in_per_group()},
-            {nullptr, &grad_planes.source}, sorted.data());
+  run_sddmm(twin.plan, forward_operands(c, xc, nullptr, &planes), grad_source(c, gc, &grad_planes),
+            sorted.data());
   unsort(sorted, twin.order, out.mutable_data_ptr<float>());
   return to_dtype(out, x.scalar_type());
 }
@@ -264,11 +204,8 @@ Tensor nm_plan_cpu(const Tensor& index, int64_t rows, int64_t channels, int64_t 
                    int64_t groups, int64_t taps, bool transpose) {
   const std::string op = "nm_plan";
   const NmPattern p = check_nm_pattern(op, index, {rows, channels, n, m, groups, taps});
-  const std::vector<int32_t> own =
-      transpose ? get_nm_twin(op, p, std::nullopt).own : get_nm_plan(op, p, std::nullopt).own;
-  const Tensor out = empty_tensor({static_cast<int64_t>(own.size())}, ScalarType::Int);
-  std::copy(own.begin(), own.end(), out.mutable_data_ptr<int32_t>());
-  return out;
+  return plan_tensor(transpose ? get_nm_twin(op, p, std::nullopt).own
+                               : get_nm_plan(op, p, std::nullopt).own);
 }
 
 }  // namespace

@@ -11,7 +11,7 @@
 
 namespace sparsekern {
 
-constexpr int32_t kPairsMagic = 0x534b4231;  // "SKB1", changes with the layout
+constexpr int32_t kPairsMagic = 0x534b5131;  // "SKQ1", changes with the layout
 constexpr int64_t kBitsPadding = 2;          // words that pack may read past the end
 
 // The matrix of the pairs as CSR: `start` counts the stored values before each pair.

@@ -113,6 +113,24 @@ inline std::vector<uint16_t> run_offsets(const std::vector<Run>& runs, const int
   return offsets;
 }
 
+// The runs of rows [begin, end), one list for each block of columns.
+inline std::vector<std::vector<Run>> find_runs(const int32_t* crow, const int32_t* col,
+                                               int32_t begin, int32_t end, int64_t n_col,
+                                               int64_t col_block) {
+  std::vector<std::vector<Run>> found(n_col);
+  for (int32_t r = begin; r < end; ++r) {
+    int32_t i = crow[r];
+    for (int64_t k = 0; k < n_col; ++k) {
+      const int32_t first = i;
+      while (i < crow[r + 1] && col[i] < (k + 1) * col_block) ++i;
+      // The first block starts every row from its bias and the last one stores it, also when it is
+      // empty.
+      if (i > first || k == 0 || k + 1 == n_col) found[k].push_back({r, first, i - first});
+    }
+  }
+  return found;
+}
+
 inline std::vector<int32_t> build_plan(const int32_t* crow, const int32_t* col, int64_t rows,
                                        int64_t cols, int64_t groups, PlanShape shape) {
   const int64_t nnz = crow[rows], kb = shape.col_block;
@@ -121,39 +139,23 @@ inline std::vector<int32_t> build_plan(const int32_t* crow, const int32_t* col, 
   const int64_t n_row = static_cast<int64_t>(row_start.size()) - 1;
   std::vector<int32_t> run_start{0}, n_tiles, value_start{0};
   std::vector<Run> runs;
-  std::vector<std::vector<Run>> block(n_col);
   for (int64_t b = 0; b < n_row; ++b) {
-    for (auto& v : block) v.clear();
-    for (int32_t r = row_start[b]; r < row_start[b + 1]; ++r) {
-      int32_t i = crow[r];
-      for (int64_t k = 0; k < n_col; ++k) {
-        const int32_t begin = i;
-        while (i < crow[r + 1] && col[i] < (k + 1) * kb) ++i;
-        // The first block starts every row from its bias and the last one stores it, also when it
-        // is empty.
-        if (i > begin || k == 0 || k + 1 == n_col) block[k].push_back({r, begin, i - begin});
-      }
-    }
+    std::vector<std::vector<Run>> found =
+        find_runs(crow, col, row_start[b], row_start[b + 1], n_col, kb);
     for (int64_t k = 0; k < n_col; ++k) {
-      n_tiles.push_back(order_runs(block[k], col, k * kb));
-      runs.insert(runs.end(), block[k].begin(), block[k].end());
+      n_tiles.push_back(order_runs(found[k], col, k * kb));
+      runs.insert(runs.end(), found[k].begin(), found[k].end());
       run_start.push_back(static_cast<int32_t>(runs.size()));
       value_start.push_back(value_start.back());
-      for (const Run& r : block[k]) value_start.back() += r.count;
+      for (const Run& r : found[k]) value_start.back() += r.count;
     }
   }
   const std::vector<uint16_t> offsets = run_offsets(runs, col, nnz, kb);
   runs.resize(runs.size() + kRunPadding, Run{0, 0, 0});
-  const int32_t header[kPlanHeader] = {kPlanMagic,
-                                       static_cast<int32_t>(rows),
-                                       static_cast<int32_t>(cols),
-                                       static_cast<int32_t>(nnz),
-                                       static_cast<int32_t>(kb),
-                                       static_cast<int32_t>(n_col),
-                                       static_cast<int32_t>(n_row),
-                                       static_cast<int32_t>(runs.size()),
-                                       static_cast<int32_t>(groups)};
-  std::vector<int32_t> out(header, header + kPlanHeader);
+  std::vector<int32_t> out{kPlanMagic};
+  for (int64_t n : {rows, cols, nnz, kb, n_col, n_row, static_cast<int64_t>(runs.size()), groups})
+    out.push_back(static_cast<int32_t>(n));
+  out.resize(kPlanHeader);
   const auto append = [&](const void* data, size_t count) {
     const int32_t* p = static_cast<const int32_t*>(data);
     out.insert(out.end(), p, p + count);

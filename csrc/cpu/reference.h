@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <vector>
 
 #include "kernels.h"
 
@@ -41,11 +42,19 @@ inline int64_t sink_at(const Sink& s, int64_t token, int64_t row) {
 inline double activate_reference(double x, Activation a) {
   switch (a) {
     case kRelu: return x > 0 || std::isnan(x) ? x : 0;
+    case kRelu6: return x > 0 || std::isnan(x) ? (x > 6 ? 6 : x) : 0;
     case kGelu: return 0.5 * x * (1 + std::erf(x * M_SQRT1_2));
     case kGeluTanh:
       return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
     default: return x;
   }
+}
+
+// Value i is values[perm[i]].
+inline std::vector<double> permuted(const double* values, const int32_t* perm, int64_t n) {
+  std::vector<double> out(n);
+  for (int64_t i = 0; i < n; ++i) out[i] = values[perm[i]];
+  return out;
 }
 
 inline void spmm_reference(const int32_t* crow, const int32_t* col, const double* values,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import sparsekern as sk
+from sparsekern.prune.regression import least_squares
 
 
 @dataclass(frozen=True)
@@ -195,38 +196,5 @@ class _Fit:
                 data=[norms],
             )
             iterations = self.recipe.iterations * (2 if fixed else 1)
-            pruned.weight.copy_(
-                refit(pruned.weight, dense, gram, cross, self.recipe.ridge, iterations)
-            )
-
-
-def refit(
-    weight: Tensor, dense: Tensor, gram: Tensor, cross: Tensor, ridge: float, iterations: int
-) -> Tensor:
-    """Least-squares weights with the zeros of `weight`, by preconditioned conjugate gradients.
-
-    Minimises `||X W^T - Y||^2 + lambda ||W - dense||^2` over the nonzeros of `weight`, all rows at
-    once, with lambda = ridge * mean(diag(gram)) and the diagonal as preconditioner.
-
-    Args:
-        weight: `(out, in)`, the start.
-        dense: `(out, in)`.
-        gram: `(in, in)`, X^T X.
-        cross: `(out, in)`, Y^T X.
-        ridge: Relative strength of the pull towards `dense`.
-        iterations: Number of iterations.
-    """
-    mask = (weight != 0).to(weight.dtype)
-    strength = ridge * gram.diagonal().mean()
-    scale = gram.diagonal() + strength
-    left = (cross + strength * dense - weight @ gram - strength * weight) * mask
-    ahead = left / scale
-    step, slope = ahead, (left * ahead).sum(1, keepdim=True)
-    for _ in range(iterations):
-        moved = (step @ gram + strength * step) * mask
-        length = slope / (step * moved).sum(1, keepdim=True).clamp_min(1e-30)
-        weight, left = weight + length * step, left - length * moved
-        ahead = left / scale
-        slope, before = (left * ahead).sum(1, keepdim=True), slope
-        step = ahead + slope / before.clamp_min(1e-30) * step
-    return weight
+            goal = dense, gram, cross, self.recipe.ridge, iterations
+            pruned.weight.copy_(least_squares(pruned.weight, pruned.weight != 0, *goal))

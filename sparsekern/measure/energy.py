@@ -122,12 +122,12 @@ class NvmlMeter:
     """Total-energy counter of one NVIDIA GPU (Volta or newer), millijoules since driver load.
 
     The counter moves about every 100 ms and covers the whole card, so windows must last seconds
-    and a card split by MIG is refused. Needs the package nvidia-ml-py. Source: NVML reference,
+    and a card split by MIG is refused. Source: NVML reference,
     nvmlDeviceGetTotalEnergyConsumption.
 
     Args:
         device: a CUDA device; it is matched by UUID, because NVML ignores CUDA_VISIBLE_DEVICES.
-        nvml: the `pynvml` module.
+        nvml: the `pynvml` module, or `sparsekern.measure.nvml.Nvml`.
 
     Raises:
         OSError: if the card has no such counter or is split by MIG.
@@ -187,13 +187,28 @@ def find_meter(device: torch.device, powercap: Path = POWERCAP) -> tuple[Meter |
 
 
 def _nvml_meter(device: torch.device) -> NvmlMeter:
+    return NvmlMeter(device, load_nvml())
+
+
+def load_nvml():
+    """NVML: the package nvidia-ml-py, or the driver's library itself.
+
+    Raises:
+        ImportError: there is neither.
+    """
     try:
         import pynvml
-    except ImportError as error:
-        raise ImportError(
-            "the package nvidia-ml-py is missing; pip install nvidia-ml-py to measure GPU energy"
-        ) from error
-    return NvmlMeter(device, pynvml)
+    except ImportError:
+        from .nvml import Nvml
+
+        try:
+            return Nvml()
+        except OSError as error:
+            raise ImportError(
+                f"NVML, which counts a GPU's energy, cannot be loaded: {error}; install the "
+                "driver, or pip install nvidia-ml-py"
+            ) from error
+    return pynvml
 
 
 def measure_energy(

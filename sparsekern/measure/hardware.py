@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
 from pathlib import Path
 
 import torch
@@ -51,6 +52,20 @@ def hardware(cpuinfo: Path = CPUINFO) -> dict[str, object]:
         "cuda_in_use": in_use,
         "gpus": [torch.cuda.get_device_name(i) for i in gpus],
     }
+
+
+def commit(folder: str | Path) -> str | None:
+    """Commit of a checkout, with `+changes` if a tracked file differs; None outside of git."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def available_cores() -> int:

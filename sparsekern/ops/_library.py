@@ -1,61 +1,135 @@
 """What every op file needs: the library to define in, and the fallback to the reference."""
 
+import functools
+
 import torch
 from torch.library import Library
 
 from .. import _load as _load  # loads the compiled kernels, which register themselves
+from .cuda_support import state_once
 
 LIBRARY = Library("sparsekern", "DEF")
 # Kernels of a device win over this key; it serves every device that has none.
 _FALLBACK = Library("sparsekern", "IMPL", "CompositeExplicitAutograd")
+_CUDA = Library("sparsekern", "IMPL", "CUDA")
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
+def without_views(function):
+    """An implementation in Python whose result is no view, however it was shaped.
+
+    Autograd refuses to change a view that an op returns: `nn.ReLU(inplace=True)` behind a layer
+    would fail.
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+            return function(*args, **kwargs)
+
+    return run
+
+
+class CUDA:
+    """Where implementations for CUDA register."""
+
+    @staticmethod
+    def impl(name: str, function) -> None:
+        """Register a function for an op, by its name without namespace."""
+        _CUDA.impl(name, without_views(function))
 
 
 def define(schema: str, reference, fake):
     """Defines an op with its reference implementation and its fake; returns the op."""
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _FALLBACK.impl(name, reference)
+    _FALLBACK.impl(name, without_views(_stating(name, reference)))
     torch.library.register_fake(f"sparsekern::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.sparsekern, name).default
 
 
+# Activations whose gradient needs no more than their output.
+FROM_OUTPUT = ("relu", "relu6")
+
+
+def check_values(op: str, x, values) -> None:
+    """What the fake of every forward op checks."""
+    torch._check(
+        x.dtype == values.dtype,
+        lambda: f"{op}: expected values of the dtype of x ({x.dtype}), got {values.dtype}",
+    )
+
+
+def row_of_each(crow: torch.Tensor) -> torch.Tensor:
+    """Row of each stored value (or block) of a CSR pattern, `(nnz,)` int64."""
+    rows = torch.arange(crow.numel() - 1, device=crow.device)
+    return torch.repeat_interleave(rows, crow.diff().long())
+
+
+def _stating(name: str, reference):
+    """The reference, which says once that a device without kernels of ours runs it."""
+
+    @functools.wraps(reference)
+    def run(*args, **kwargs):
+        kind = args[0].device.type
+        if kind not in ("cpu", "cuda"):
+            state_once(f"{name} multiplies dense on {kind}, for which there are no kernels")
+        return reference(*args, **kwargs)
+
+    return run
+
+
+ACTIVATIONS = ("none", *FROM_OUTPUT, "gelu", "gelu_tanh")
+
+
+def check_activation(op: str, activation: str) -> None:
+    """Refuse an unknown activation."""
+    if activation not in ACTIVATIONS:
+        names = "none, relu, relu6, gelu or gelu_tanh"
+        raise RuntimeError(f"{op}: expected activation to be {names}, got '{activation}'")
+
+
 def activate(y: torch.Tensor, activation: str, op: str) -> torch.Tensor:
-    """The fused activations by name: none, relu, gelu (erf), gelu_tanh."""
-    if activation == "none":
-        return y
+    """The fused activations by name: none, relu, relu6, gelu (erf), gelu_tanh."""
+    check_activation(op, activation)
     if activation == "relu":
         return torch.relu(y)
+    if activation == "relu6":
+        return torch.nn.functional.relu6(y)
     if activation in ("gelu", "gelu_tanh"):
         approximate = "tanh" if activation == "gelu_tanh" else "none"
         return torch.nn.functional.gelu(y, approximate=approximate)
-    raise RuntimeError(
-        f"{op}: expected activation to be none, relu, gelu or gelu_tanh, got '{activation}'"
-    )
+    return y
 
 
 def activation_backward(grad, activation: str, output, pre_activation):
     """Gradient before the activation; `pre_activation` is called only where it is needed."""
     if activation == "relu":
-        return grad * (output > 0)
+        return torch.ops.aten.threshold_backward(grad, output, 0)
+    if activation == "relu6":
+        return torch.ops.aten.hardtanh_backward(grad, output, 0, 6)
     if activation in ("gelu", "gelu_tanh"):
         approximate = "tanh" if activation == "gelu_tanh" else "none"
         return torch.ops.aten.gelu_backward(grad, pre_activation(), approximate=approximate)
     return grad
 
 
-def save_for_gradients(ctx, x, values, crow, col, bias, plan, plan_t, output) -> None:
-    """Save what the gradients will ask for and nothing else; `ctx.activation` must be set."""
+def save_for_gradients(ctx, parts, output) -> None:
+    """Save what the gradients will ask for and nothing else; `ctx.activation` must be set.
+
+    `parts`: x, values, the index tensors of the format, bias, plan, plan_t.
+    """
+    x, values, *index, bias, plan, plan_t = parts
     needs_x, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
     recompute = ctx.activation.startswith("gelu")  # its gradient needs the sum before it
     ctx.save_for_backward(
         x if needs_values or recompute else None,
         values if needs_x or recompute else None,
-        crow,
-        col,
+        *index,
         bias if recompute else None,
         plan,
         plan_t,
-        output if ctx.activation == "relu" else None,
+        output if ctx.activation in FROM_OUTPUT else None,
     )
 
 
@@ -75,7 +149,7 @@ def check_indices(op: str, crow: torch.Tensor, col: torch.Tensor, cols: int) -> 
         )
     if bool((crow[1:] < crow[:-1]).any()):
         raise RuntimeError(f"{op}: expected crow to be non-decreasing, got a falling step")
-    row = torch.repeat_interleave(torch.arange(crow.numel() - 1, device=crow.device), crow.diff())
+    row = row_of_each(crow)
     rising = (col[1:] > col[:-1]) | (row[1:] != row[:-1])
     if nnz and (int(col.min()) < 0 or int(col.max()) >= cols or not bool(rising.all())):
         raise RuntimeError(
@@ -87,7 +161,5 @@ def check_indices(op: str, crow: torch.Tensor, col: torch.Tensor, cols: int) -> 
 def csr_to_dense(op: str, values, crow, col, cols: int) -> torch.Tensor:
     """The dense (rows, cols) matrix of a CSR pattern."""
     check_indices(op, crow, col, cols)
-    rows = crow.numel() - 1
-    row = torch.repeat_interleave(torch.arange(rows, device=crow.device), crow.diff())
-    dense = values.new_zeros(rows, cols)
-    return dense.index_put((row, col.long()), values)
+    dense = values.new_zeros(crow.numel() - 1, cols)
+    return dense.index_put((row_of_each(crow), col.long()), values)

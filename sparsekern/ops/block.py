@@ -8,7 +8,15 @@ block_plan and vouch for the indices; without them the ops check every index on 
 
 import torch
 
-from ._library import activate, activation_backward, check_indices, define, save_for_gradients
+from ._library import (
+    activate,
+    activation_backward,
+    check_indices,
+    check_values,
+    define,
+    row_of_each,
+    save_for_gradients,
+)
 
 LINEAR = "block_linear"
 
@@ -24,10 +32,9 @@ def blocks_to_dense(op, values, crow, col, rows, channels, groups=1, taps=1):
     height, width = values.shape[1:]
     n_rows, n_cols, per_group = block_grid(rows, channels, (height, width), groups)
     check_indices(op, crow, col, n_cols * taps)
-    row = torch.repeat_interleave(torch.arange(n_rows, device=crow.device), crow.diff())
     col = col.long()
     grid = values.new_zeros(n_rows, n_cols, taps, height, width)
-    grid = grid.index_put((row, col // taps, col % taps), values)
+    grid = grid.index_put((row_of_each(crow), col // taps, col % taps), values)
     dense = grid.permute(0, 3, 1, 4, 2).reshape(groups, per_group * height, n_cols * width, taps)
     return dense[:, : rows // groups, :channels].reshape(rows, channels, taps)
 
@@ -35,11 +42,8 @@ def blocks_to_dense(op, values, crow, col, rows, channels, groups=1, taps=1):
 def dense_to_blocks(dense, crow, col, block, groups=1):
     """The values (n_blocks, R, C) of a pattern from a dense (rows, channels, taps) weight."""
     grid = split_blocks(dense, block, groups)
-    row = torch.repeat_interleave(
-        torch.arange(grid.shape[0], device=crow.device), crow.diff().long()
-    )
     taps, col = dense.shape[2], col.long()
-    return grid[row, col // taps, col % taps].contiguous()
+    return grid[row_of_each(crow), col // taps, col % taps].contiguous()
 
 
 def split_blocks(dense, block, groups=1):
@@ -49,14 +53,6 @@ def split_blocks(dense, block, groups=1):
     pad = (0, 0, 0, n_cols * width - channels, 0, per_group * height - rows // groups)
     padded = torch.nn.functional.pad(dense.reshape(groups, rows // groups, channels, taps), pad)
     return padded.reshape(n_rows, height, n_cols, width, taps).permute(0, 2, 4, 1, 3)
-
-
-def check_values(op, x, values):
-    """What the fake of every forward op checks."""
-    torch._check(
-        x.dtype == values.dtype,
-        lambda: f"{op}: expected values of the dtype of x ({x.dtype}), got {values.dtype}",
-    )
 
 
 def _linear_reference(x, values, crow, col, bias, plan, plan_t, out_features, activation="none"):
@@ -110,10 +106,10 @@ block_linear_grad_values = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, *rest = inputs[:7]
+    x, values = inputs[:2]
     ctx.out_features, ctx.activation = inputs[7:]
-    ctx.in_features, ctx.block = x.shape[-1], rest[0].shape[1:]
-    save_for_gradients(ctx, x, *rest, output)
+    ctx.in_features, ctx.block = x.shape[-1], values.shape[1:]
+    save_for_gradients(ctx, inputs[:7], output)
 
 
 def _backward(ctx, grad):

@@ -8,9 +8,9 @@ anew in each group. The result is contiguous (n, out, oh, ow). Geometry as nn.Co
 
 import torch
 
-from ._library import activate, activation_backward, check_indices, define, save_for_gradients
-from .block import blocks_to_dense, check_values, dense_to_blocks
-from .conv import GEOMETRY, output_size
+from ._library import activation_backward, check_indices, define, save_for_gradients
+from .block import blocks_to_dense, dense_to_blocks
+from .conv import GEOMETRY, dense_conv, dense_grad_input, empty_conv
 
 CONV = "block_conv2d"
 
@@ -26,18 +26,15 @@ def _conv_reference(
     kernel_size, stride, padding, dilation, groups, activation="none",
 ):  # fmt: skip
     weight = _dense_weight(CONV, values, crow, col, out_channels, x.shape[1], kernel_size, groups)
-    y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return activate(y, activation, CONV).contiguous()
+    return dense_conv(CONV, x, weight, bias, (stride, padding, dilation, groups), activation)
 
 
 def _conv_fake(
     x, values, crow, col, bias, plan, plan_t, out_channels,
     kernel_size, stride, padding, dilation, groups, activation="none",
 ):  # fmt: skip
-    check_values(CONV, x, values)
-    torch._check(x.dim() == 4, lambda: f"{CONV}: expected x with 4 dimensions, got {x.dim()}")
-    out = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
-    return x.new_empty((x.shape[0], out_channels, *out))
+    geometry = (kernel_size, stride, padding, dilation)
+    return empty_conv(CONV, x, values, out_channels, geometry)
 
 
 block_conv2d = define(
@@ -54,10 +51,8 @@ def _grad_input_reference(
 ):  # fmt: skip
     op = "block_conv2d_grad_input"
     weight = _dense_weight(op, values, crow, col, grad.shape[1], channels, kernel_size, groups)
-    size = (grad.shape[0], channels, height, width)
-    return torch.nn.grad.conv2d_input(
-        size, weight, grad, stride, padding, dilation, groups
-    ).contiguous()
+    geometry = (stride, padding, dilation, groups)
+    return dense_grad_input(grad, weight, (channels, height, width), geometry)
 
 
 block_conv2d_grad_input = define(
@@ -92,10 +87,10 @@ block_conv2d_grad_values = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, *rest = inputs[:7]
+    x, values = inputs[:2]
     ctx.out_channels, *ctx.geometry, ctx.activation = inputs[7:]
-    ctx.input_size, ctx.block = x.shape[1:], rest[0].shape[1:]
-    save_for_gradients(ctx, x, *rest, output)
+    ctx.input_size, ctx.block = x.shape[1:], values.shape[1:]
+    save_for_gradients(ctx, inputs[:7], output)
 
 
 def _backward(ctx, grad):

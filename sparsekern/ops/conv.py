@@ -10,9 +10,12 @@ import torch
 from ._library import (
     activate,
     activation_backward,
+    check_indices,
+    check_values,
     csr_to_dense,
     define,
     gradient_plan,
+    row_of_each,
     save_for_gradients,
 )
 
@@ -28,53 +31,38 @@ def output_size(size, kernel_size, stride, padding, dilation):
     )
 
 
+def dense_conv(op, x, weight, bias, geometry, activation):
+    """The reference of every format: geometry is (stride, padding, dilation, groups)."""
+    y = torch.nn.functional.conv2d(x, weight, bias, *geometry)
+    return activate(y, activation, op).contiguous()
+
+
+def empty_conv(op, x, values, out_channels, geometry):
+    """The fake of every format: geometry is (kernel_size, stride, padding, dilation)."""
+    check_values(op, x, values)
+    torch._check(x.dim() == 4, lambda: f"{op}: expected x with 4 dimensions, got {x.dim()}")
+    return x.new_empty((x.shape[0], out_channels, *output_size(x.shape[2:], *geometry)))
+
+
 def _dense_weight(op, values, crow, col, in_channels, kernel_size, groups):
     shape = (crow.shape[0] - 1, in_channels // groups, *kernel_size)
     return csr_to_dense(op, values, crow, col, shape[1] * shape[2] * shape[3]).view(shape)
 
 
 def _conv_reference(
-    x,
-    values,
-    crow,
-    col,
-    bias,
-    plan,
-    plan_t,
-    kernel_size,
-    stride,
-    padding,
-    dilation,
-    groups,
-    activation="none",
-):
+    x, values, crow, col, bias, plan, plan_t,
+    kernel_size, stride, padding, dilation, groups, activation="none",
+):  # fmt: skip
     weight = _dense_weight(CONV, values, crow, col, x.shape[1], kernel_size, groups)
-    y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return activate(y, activation, CONV).contiguous()
+    return dense_conv(CONV, x, weight, bias, (stride, padding, dilation, groups), activation)
 
 
 def _conv_fake(
-    x,
-    values,
-    crow,
-    col,
-    bias,
-    plan,
-    plan_t,
-    kernel_size,
-    stride,
-    padding,
-    dilation,
-    groups,
-    activation="none",
-):
-    torch._check(
-        x.dtype == values.dtype,
-        lambda: f"{CONV}: expected values of the dtype of x ({x.dtype}), got {values.dtype}",
-    )
-    torch._check(x.dim() == 4, lambda: f"{CONV}: expected x with 4 dimensions, got {x.dim()}")
-    out = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
-    return x.new_empty((x.shape[0], crow.shape[0] - 1, *out))
+    x, values, crow, col, bias, plan, plan_t,
+    kernel_size, stride, padding, dilation, groups, activation="none",
+):  # fmt: skip
+    geometry = (kernel_size, stride, padding, dilation)
+    return empty_conv(CONV, x, values, crow.shape[0] - 1, geometry)
 
 
 csr_conv2d = define(
@@ -85,27 +73,20 @@ csr_conv2d = define(
 )
 
 
+def dense_grad_input(grad, weight, input_size, geometry):
+    """The gradient `(n, *input_size)` of the input; geometry as for `dense_conv`."""
+    size = (grad.shape[0], *input_size)
+    return torch.nn.grad.conv2d_input(size, weight, grad, *geometry).contiguous()
+
+
 def _grad_input_reference(
-    grad,
-    values,
-    crow,
-    col,
-    plan_t,
-    channels,
-    height,
-    width,
-    kernel_size,
-    stride,
-    padding,
-    dilation,
-    groups,
-):
+    grad, values, crow, col, plan_t, channels, height, width,
+    kernel_size, stride, padding, dilation, groups,
+):  # fmt: skip
     op = "csr_conv2d_grad_input"
     weight = _dense_weight(op, values, crow, col, channels, kernel_size, groups)
-    size = (grad.shape[0], channels, height, width)
-    return torch.nn.grad.conv2d_input(
-        size, weight, grad, stride, padding, dilation, groups
-    ).contiguous()
+    geometry = (stride, padding, dilation, groups)
+    return dense_grad_input(grad, weight, (channels, height, width), geometry)
 
 
 csr_conv2d_grad_input = define(
@@ -121,12 +102,10 @@ csr_conv2d_grad_input = define(
 def _grad_values_reference(
     grad, x, crow, col, plan_t, kernel_size, stride, padding, dilation, groups
 ):
-    shape = (crow.shape[0] - 1, x.shape[1] // groups, *kernel_size)
+    shape = torch.Size((crow.shape[0] - 1, x.shape[1] // groups, *kernel_size))
+    check_indices("csr_conv2d_grad_values", crow, col, shape[1:].numel())
     dense = torch.nn.grad.conv2d_weight(x, shape, grad, stride, padding, dilation, groups)
-    row = torch.repeat_interleave(
-        torch.arange(crow.numel() - 1, device=crow.device), crow.diff().long()
-    )
-    return dense.flatten(1)[row, col.long()]
+    return dense.flatten(1)[row_of_each(crow), col.long()]
 
 
 csr_conv2d_grad_values = define(
@@ -138,10 +117,9 @@ csr_conv2d_grad_values = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, *rest = inputs[:7]
     *ctx.geometry, ctx.activation = inputs[7:]
-    ctx.input_size = x.shape[1:]
-    save_for_gradients(ctx, x, *rest, output)
+    ctx.input_size = inputs[0].shape[1:]
+    save_for_gradients(ctx, inputs[:7], output)
 
 
 def _backward(ctx, grad):

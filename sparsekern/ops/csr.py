@@ -17,9 +17,11 @@ from ._library import (
     activate,
     activation_backward,
     check_indices,
+    check_values,
     csr_to_dense,
     define,
     gradient_plan,
+    row_of_each,
     save_for_gradients,
 )
 
@@ -32,10 +34,7 @@ def _linear_reference(x, values, crow, col, bias=None, plan=None, plan_t=None, a
 
 
 def _linear_fake(x, values, crow, col, bias=None, plan=None, plan_t=None, activation="none"):
-    torch._check(
-        x.dtype == values.dtype,
-        lambda: f"{LINEAR}: expected values of the dtype of x ({x.dtype}), got {values.dtype}",
-    )
+    check_values(LINEAR, x, values)
     return x.new_empty((*x.shape[:-1], crow.shape[0] - 1))
 
 
@@ -65,10 +64,7 @@ csr_linear_grad_input = define(
 def _grad_values_reference(grad, x, crow, col, plan_t):
     check_indices("csr_linear_grad_values", crow, col, x.shape[-1])
     dense = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-    row = torch.repeat_interleave(
-        torch.arange(crow.numel() - 1, device=crow.device), crow.diff().long()
-    )
-    return dense[row, col.long()]
+    return dense[row_of_each(crow), col.long()]
 
 
 csr_linear_grad_values = define(
@@ -80,10 +76,9 @@ csr_linear_grad_values = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, *rest = inputs[:7]
     ctx.activation = inputs[7]
-    ctx.in_features = x.shape[-1]
-    save_for_gradients(ctx, x, *rest, output)
+    ctx.in_features = inputs[0].shape[-1]
+    save_for_gradients(ctx, inputs[:7], output)
 
 
 def _backward(ctx, grad):

@@ -7,7 +7,8 @@ and plan as in csr_linear. Weight-only: products and sums are float32 (Dettmers 
 
 import torch
 
-from ._library import activate, activation_backward, csr_to_dense, define
+from . import _frozen
+from ._library import activate, csr_to_dense, define, row_of_each
 from .csr import csr_linear_grad_input
 
 OP = "csr_linear_int8"
@@ -15,7 +16,7 @@ OP = "csr_linear_int8"
 
 def dequantize(values, scales, crow):
     """The float32 values `(nnz,)`: each int8 times the scale of its row."""
-    return values.float() * torch.repeat_interleave(scales.float(), crow.diff())
+    return values.float() * scales[row_of_each(crow)]
 
 
 def _reference(x, values, scales, crow, col, bias=None, plan=None, activation="none"):
@@ -37,36 +38,13 @@ csr_linear_int8 = define(
 )
 
 
-def _setup_context(ctx, inputs, output):
-    x, values, scales, crow, col, bias, plan, ctx.activation = inputs
-    ctx.in_features = x.shape[-1]
-    recompute = ctx.activation.startswith("gelu")  # its gradient needs the sum before it
-    ctx.save_for_backward(
-        x if recompute else None,
-        values,
-        scales,
-        crow,
-        col,
-        bias if recompute else None,
-        plan,
-        output if ctx.activation == "relu" else None,
-    )
+def _grad_input(grad, values, scales, crow, col, in_features):
+    wide = dequantize(values, scales, crow).to(grad.dtype)
+    return csr_linear_grad_input(grad, wide, crow, col, None, in_features)
 
 
-def _backward(ctx, grad):
-    x, values, scales, crow, col, bias, plan, output = ctx.saved_tensors
-
-    def pre_activation():
-        return csr_linear_int8(x, values, scales, crow, col, bias, plan, "none")
-
-    grad = activation_backward(grad, ctx.activation, output, pre_activation)
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        wide = dequantize(values, scales, crow).to(grad.dtype)
-        grad_x = csr_linear_grad_input(grad, wide, crow, col, None, ctx.in_features)
-    if ctx.needs_input_grad[5]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, None, None, None, None, grad_bias, None, None
-
-
-torch.library.register_autograd(f"sparsekern::{OP}", _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    f"sparsekern::{OP}",
+    _frozen.backward(csr_linear_int8, _grad_input),
+    setup_context=_frozen.setup_context,
+)

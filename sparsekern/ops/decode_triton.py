@@ -11,18 +11,21 @@ import torch
 import triton
 import triton.language as tl
 
+from ._library import check_activation
+
 # Triton's interpreter keeps bfloat16 as integers and computes nonsense with it.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 # Programs per multiprocessor that keep enough loads in flight for the memory of a Hopper GPU.
 PROGRAMS_PER_SM = 4
 
 
 @triton.jit
 def activate(y, ACTIVATION: tl.constexpr):
-    """The fused activations: none, relu, gelu (erf), gelu_tanh."""
+    """The fused activations: none, relu, relu6, gelu (erf), gelu_tanh."""
     if ACTIVATION == "relu":
         y = tl.where(y < 0, 0.0, y)  # keeps NaN, as torch does
+    elif ACTIVATION == "relu6":
+        y = tl.where(y < 0, 0.0, tl.where(y > 6, 6.0, y))
     elif ACTIVATION == "gelu":
         y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":  # (1 + tanh(u)) / 2 = sigmoid(2 u)
@@ -116,10 +119,7 @@ def check_linear(op: str, x, values, bias, rows: int, activation: str, max_token
     check_dtypes(op, x, values=values, **({} if bias is None else {"bias": bias}))
     if bias is not None and bias.shape != (rows,):
         raise RuntimeError(f"{op}: expected bias of shape ({rows},), got {tuple(bias.shape)}")
-    if activation not in ACTIVATIONS:
-        raise RuntimeError(
-            f"{op}: expected activation to be none, relu, gelu or gelu_tanh, got '{activation}'"
-        )
+    check_activation(op, activation)
 
 
 def check_dtypes(op: str, x, **others) -> None:

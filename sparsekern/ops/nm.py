@@ -11,8 +11,7 @@ gradients run on) are made by nm_plan; without them the ops make their own on ea
 
 import torch
 
-from ._library import activate, activation_backward, define
-from .block import check_values
+from ._library import activate, activation_backward, check_values, define, save_for_gradients
 
 LINEAR = "nm_linear"
 
@@ -131,26 +130,10 @@ nm_linear_grad_values = define(
 )
 
 
-def save_for_gradients(ctx, x, values, index, bias, plan, plan_t, output) -> None:
-    """Save what the gradients will ask for and nothing else; `ctx.activation` must be set."""
-    needs_x, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    recompute = ctx.activation.startswith("gelu")  # its gradient needs the sum before it
-    ctx.save_for_backward(
-        x if needs_values or recompute else None,
-        values if needs_x or recompute else None,
-        index,
-        bias if recompute else None,
-        plan,
-        plan_t,
-        output if ctx.activation == "relu" else None,
-    )
-
-
 def _setup_context(ctx, inputs, output):
-    x, *rest = inputs[:6]
     *ctx.nm, ctx.activation = inputs[6:]
-    ctx.in_features = x.shape[-1]
-    save_for_gradients(ctx, x, *rest, output)
+    ctx.in_features = inputs[0].shape[-1]
+    save_for_gradients(ctx, inputs[:6], output)
 
 
 def _backward(ctx, grad):

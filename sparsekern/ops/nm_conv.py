@@ -7,10 +7,9 @@ result is contiguous (n, out, oh, ow). Geometry as nn.Conv2d defines it.
 
 import torch
 
-from ._library import activate, activation_backward, define
-from .block import check_values
-from .conv import GEOMETRY, output_size
-from .nm import nm_to_dense, save_for_gradients, slot_columns, slot_count
+from ._library import activation_backward, define, save_for_gradients
+from .conv import GEOMETRY, dense_conv, dense_grad_input, empty_conv
+from .nm import nm_to_dense, slot_columns, slot_count
 
 CONV = "nm_conv2d"
 
@@ -26,18 +25,15 @@ def _conv_reference(
     kernel_size, stride, padding, dilation, groups, activation="none",
 ):  # fmt: skip
     weight = _dense_weight(CONV, values, index, x.shape[1], n, m, kernel_size, groups)
-    y = torch.nn.functional.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    return activate(y, activation, CONV).contiguous()
+    return dense_conv(CONV, x, weight, bias, (stride, padding, dilation, groups), activation)
 
 
 def _conv_fake(
     x, values, index, bias, plan, plan_t, n, m,
     kernel_size, stride, padding, dilation, groups, activation="none",
 ):  # fmt: skip
-    check_values(CONV, x, values)
-    torch._check(x.dim() == 4, lambda: f"{CONV}: expected x with 4 dimensions, got {x.dim()}")
-    out = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
-    return x.new_empty((x.shape[0], index.shape[0], *out))
+    geometry = (kernel_size, stride, padding, dilation)
+    return empty_conv(CONV, x, values, index.shape[0], geometry)
 
 
 nm_conv2d = define(
@@ -54,10 +50,8 @@ def _grad_input_reference(
 ):  # fmt: skip
     op = "nm_conv2d_grad_input"
     weight = _dense_weight(op, values, index, channels, n, m, kernel_size, groups)
-    size = (grad.shape[0], channels, height, width)
-    return torch.nn.grad.conv2d_input(
-        size, weight, grad, stride, padding, dilation, groups
-    ).contiguous()
+    geometry = (stride, padding, dilation, groups)
+    return dense_grad_input(grad, weight, (channels, height, width), geometry)
 
 
 nm_conv2d_grad_input = define(
@@ -94,11 +88,10 @@ nm_conv2d_grad_values = define(
 
 
 def _setup_context(ctx, inputs, output):
-    x, *rest = inputs[:6]
     ctx.nm = inputs[6:8]
     *ctx.geometry, ctx.activation = inputs[8:]
-    ctx.input_size = x.shape[1:]
-    save_for_gradients(ctx, x, *rest, output)
+    ctx.input_size = inputs[0].shape[1:]
+    save_for_gradients(ctx, inputs[:6], output)
 
 
 def _backward(ctx, grad):

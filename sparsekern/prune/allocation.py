@@ -1,7 +1,7 @@
 """Allocation: how a budget of kept weights is spread over layers.
 
-`uniform`, `erk`, `lamp` and a dict give every layer its own budget before any score is known;
-`global` ranks the units of all layers together.
+`uniform`, `erk`, `lamp`, `std` and a dict give every layer its own budget before any score is
+known; `global` ranks the units of all layers together.
 """
 
 import math
@@ -13,8 +13,9 @@ from torch import Tensor
 from ..patterns import NM, Pattern
 from ..ranking import check_sparsity, keep, kept_weights, weights_in
 from .targets import Layer, name_matches
+from .threshold import deviation_scores
 
-SCOPES = ("global", "uniform", "erk", "lamp")
+SCOPES = ("global", "uniform", "erk", "lamp", "std")
 
 
 class Budget:
@@ -47,11 +48,11 @@ def check_scope(scope, layers: Sequence[Layer], pattern: Pattern) -> None:
 
 
 def allocate(scope, layers: Sequence[Layer], pattern: Pattern, sparsity: float | None) -> Budget:
-    """Budget of every layer under `uniform`, `erk`, `lamp` or a dict.
+    """Budget of every layer under `uniform`, `erk`, `lamp`, `std` or a dict.
 
     Args:
-        scope: `"uniform"`, `"erk"`, `"lamp"` or `{name or glob: sparsity}`; a name beats a glob, an
-            earlier glob a later one.
+        scope: `"uniform"`, `"erk"`, `"lamp"`, `"std"` or `{name or glob: sparsity}`; a name beats a
+            glob, an earlier glob a later one.
         layers: The layers, in order.
         pattern: Gives the smallest unit, which `erk` leaves in every layer.
         sparsity: For a dict, that of layers it does not name (None: they stay dense).
@@ -62,8 +63,9 @@ def allocate(scope, layers: Sequence[Layer], pattern: Pattern, sparsity: float |
         return Budget([kept_weights(n, s) for n, s in zip(totals, wanted, strict=True)])
     if scope == "uniform" or isinstance(pattern, NM):
         return Budget([kept_weights(n, sparsity) for n in totals])
-    if scope == "lamp":
-        return _lamp_budget(layers, pattern, kept_weights(sum(totals), sparsity))
+    if scope in ("lamp", "std"):
+        score = lamp_scores if scope == "lamp" else deviation_scores
+        return _ranked_budget(layers, pattern, kept_weights(sum(totals), sparsity), score)
     shapes = [layer.weight.shape for layer in layers]
     floors = [math.prod(pattern.tile(shape)) for shape in shapes]
     return Budget(erdos_renyi_kernel(shapes, floors, kept_weights(sum(totals), sparsity)), True)
@@ -113,8 +115,9 @@ def lamp_scores(weight: Tensor, pattern: Pattern) -> Tensor:
     return torch.empty_like(squares).scatter_(0, order, squares[order] / totals)
 
 
-def _lamp_budget(layers: Sequence[Layer], pattern: Pattern, kept: int) -> Budget:
-    scores = [lamp_scores(layer.weight, pattern).cpu() for layer in layers]
+def _ranked_budget(layers: Sequence[Layer], pattern: Pattern, kept: int, score) -> Budget:
+    """What each layer would keep if `score(weight, pattern)` ranked all units together."""
+    scores = [score(layer.weight, pattern).cpu() for layer in layers]
     sizes = [pattern.unit_sizes(layer.weight.shape) for layer in layers]
     units = rank_globally(scores, sizes, kept)
     return Budget([weights_in(u, size) for u, size in zip(units, sizes)], True)

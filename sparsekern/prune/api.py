@@ -1,6 +1,7 @@
 """One-shot pruning: `prune`."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -19,26 +20,29 @@ def prune(
     loss_fn=None,
     targets: type | Sequence[type] = (nn.Linear, nn.Conv2d),
     ignore: str | type | Iterable[str | type] = (),
+    progress: bool | None = None,
     **method_options,
 ) -> PruneReport:
     """Set the least important weights of a model to zero, in place.
 
     Everything is checked before anything changes, and a failure on the way puts the weights back.
-    The result is deterministic: equal scores are decided by index.
+    The result is deterministic: equal scores are decided by index. In a distributed run give every
+    rank the same data; a `Pruner` averages over ranks with data of their own.
 
     Args:
         model: Any module; a single layer has the name "". Layers stay on their devices. A weight
             that several modules share is pruned once.
         method: From weights alone: `"magnitude"`, `"lp"`, `"fpgm"`, `"slimming"` and `"random"`.
-            From inputs: `"wanda"`, `"sparsegpt"`, `"apoz"` and `"synflow"` (of which only shapes
-            count). From gradients of a loss: `"snip"`, `"grasp"`, `"taylor"`, `"obd"` and
-            `"skeletonization"`. Each method's class in `sparsekern.prune.methods` names its paper
-            and options.
+            From inputs: `"wanda"`, `"sparsegpt"`, `"refit"`, `"apoz"` and `"synflow"` (of which
+            only shapes count). From gradients of a loss: `"snip"`, `"grasp"`, `"taylor"`, `"obd"`
+            and `"skeletonization"`. Each method's class in `sparsekern.prune.methods` names its
+            paper and options.
         sparsity: Share of zeros in [0, 1) over the pruned weights; default 0.9, or what an N:M
             pattern fixes (then any other value is an error).
         pattern: Pattern or its string, see `sparsekern.patterns.parse`.
         scope: `"global"` ranks the units of all layers together, `"uniform"` prunes every layer
-            alike, `"erk"` by the Erdos-Renyi-kernel rule, `"lamp"` by layer-adaptive magnitudes;
+            alike, `"erk"` by the Erdos-Renyi-kernel rule, `"lamp"` by layer-adaptive magnitudes,
+            `"std"` by magnitudes against the standard deviation of their layer (Han et al. 2015);
             exact to one unit, per layer for uniform, otherwise in total. A dict gives
             `{layer name or glob: sparsity}`; layers it does not name get `sparsity`, or stay dense
             without one. Default: the method's own. Every layer keeps at least one unit. N:M prunes
@@ -50,6 +54,8 @@ def prune(
             target is None for data without. Others ignore it.
         targets: Layer types to prune; `nn.Linear` includes transformers' `Conv1D`.
         ignore: Layers to leave alone, by name, glob, name of a module around them, or type.
+        progress: Show a progress bar over stages or rounds; None shows it in a terminal when there
+            are many.
         **method_options: Fields of the method's class, as `seed=` or `percdamp=`.
 
     Returns:
@@ -64,5 +70,5 @@ def prune(
     job, skipped = prepare(
         model, method, sparsity, pattern, scope, data, loss_fn, targets, ignore, method_options
     )
-    job.run()
+    replace(job, progress=progress).run()
     return make_report(method, job.pattern, job.scope, job.layers, skipped)

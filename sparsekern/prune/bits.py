@@ -1,8 +1,11 @@
-"""Masks packed to one bit per weight."""
+"""Masks as bits: packed to one per weight, and laid over the bits of the weights."""
 
 import numpy as np
 import torch
 from torch import Tensor
+
+# Integers as wide as a number of so many bytes.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -22,3 +25,22 @@ def unpack(packed: Tensor, shape) -> Tensor:
         raise ValueError(f"expected uint8 ({-(-numel // 8)},) for shape {tuple(shape)}, got {got}")
     bits = np.unpackbits(packed.cpu().numpy(), count=numel).astype(bool)
     return torch.from_numpy(bits).reshape(tuple(shape))
+
+
+def drop_(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Set what a mask drops to +0, in place, where there was NaN or Inf, too.
+
+    On a CPU by the bits of the numbers: `masked_fill_` with a boolean mask takes six times as long,
+    and a Pruner does this three times in every step.
+
+    Args:
+        tensor: Floating point, any shape and layout.
+        mask: Boolean, of the same shape; True = kept.
+    """
+    whole = _INTEGERS.get(tensor.element_size())
+    plain = type(tensor) is Tensor and tensor.device.type == "cpu" and not tensor.requires_grad
+    if whole is None or not plain:
+        return tensor.masked_fill_(~mask, 0)
+    # -1 has all bits set, 0 none.
+    tensor.view(whole).bitwise_and_(mask.to(whole).neg_())
+    return tensor

@@ -66,21 +66,42 @@ class Calibration:
             ValueError: A layer was never called, or its inputs are not finite.
         """
         sums: dict[int, Tensor] = {}
-        for args, kwargs, _ in self.batches:
-            waiting, valid = set(stage), _token_mask(kwargs)
+        for batch in self.batches:
+            valid = token_mask(batch.kwargs)
 
-            def see(index, inputs, waiting=waiting, valid=valid):
+            def add(index, inputs, valid=valid):
                 for rows in input_rows(self.layers[index], inputs, valid):
                     part = statistic(self.layers[index], rows)
                     sums[index] = sums[index].add_(part) if index in sums else part
-                waiting.discard(index)
-                if self.once and not waiting:
-                    raise _StageDone
 
-            self._run(stage, see, args, kwargs)
+            self._visit(stage, batch, add)
         for index in stage:
             _check_sum(self.layers[index].name, sums.get(index))
         return sums
+
+    def inputs(self, stage: Sequence[int], batch: Batch) -> dict[int, list[Tensor]]:
+        """Copy what the layers of a stage take in during one batch, call by call.
+
+        Raises:
+            ValueError: A layer was never called.
+        """
+        seen: dict[int, list[Tensor]] = {index: [] for index in stage}
+        self._visit(stage, batch, lambda index, inputs: seen[index].append(inputs.clone()))
+        for index in stage:
+            _check_reached(self.layers[index].name, bool(seen[index]))
+        return seen
+
+    def _visit(self, stage: Sequence[int], batch: Batch, act: Callable) -> None:
+        """Call `act(index, inputs)` for every call of a layer of the stage."""
+        waiting = set(stage)
+
+        def see(index, inputs):
+            act(index, inputs)
+            waiting.discard(index)
+            if self.once and not waiting:
+                raise _StageDone
+
+        self._run(stage, see, batch.args, batch.kwargs)
 
     def _record_calls(self) -> list[int]:
         calls: list[int] = []
@@ -161,16 +182,21 @@ def _split(order: Sequence[int], layers: Sequence[Layer]) -> list[list[int]]:
     return stages
 
 
-def _token_mask(kwargs: Mapping) -> Tensor | None:
+def token_mask(kwargs: Mapping) -> Tensor | None:
+    """The attention mask among keyword inputs, boolean `(batch, length)`, or None."""
     mask = kwargs.get("attention_mask")
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _check_sum(name: str, total: Tensor | None) -> None:
-    if total is None:
+def _check_reached(name: str, reached: bool) -> None:
+    if not reached:
         raise ValueError(
             f"prune: expected the calibration data to reach layer {name!r}, got no call of it; "
             "add the layer to ignore"
         )
+
+
+def _check_sum(name: str, total: Tensor | None) -> None:
+    _check_reached(name, total is not None)
     if not bool(torch.isfinite(total).all()):
         raise ValueError(f"prune: expected finite inputs of layer {name!r}, got NaN or Inf")

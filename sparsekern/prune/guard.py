@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .bits import drop_
 from .methods.base import Method, zero_out
 from .slots import MASK, Slot
 
@@ -70,7 +71,7 @@ class Guard:
         def hook(gradient):
             if self._paused or self.watches() or self.trains_dropped:
                 return None
-            return gradient.masked_fill(~getattr(slot.layer.module, MASK), 0)
+            return drop_(gradient.clone(), getattr(slot.layer.module, MASK))
 
         return hook
 
@@ -82,7 +83,7 @@ class Guard:
                 self._observe(slot, sum(gradients[1:], gradients[0]))
             if not self.trains_dropped:
                 for gradient in gradients:
-                    gradient.masked_fill_(~getattr(slot.layer.module, MASK), 0)
+                    drop_(gradient, getattr(slot.layer.module, MASK))
             elif slot.held is not None:
                 slot.put_back()
                 pull = slot.layer.oriented(slot.held)

@@ -1,12 +1,13 @@
 """One update of the masks: method, pattern, scope and sparsity at work on the layers of a model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ..patterns import NM, Pattern, parse
+from ..progress import track
 from ..ranking import check_sparsity, kept_weights, weights_in
 from .allocation import Budget, allocate, check_scope, rank_globally
 from .calibration import Calibration, evaluating
@@ -45,8 +46,8 @@ def prepare(
     check_scope(scope, layers, pattern)
     if chosen.per_layer and scope == "global":
         raise ValueError(
-            f"prune: expected a scope that gives each layer a budget (uniform, erk, lamp or a "
-            f"dict), which method {method!r} needs, got 'global'"
+            f"prune: expected a scope that gives each layer a budget (uniform, erk, lamp, std or "
+            f"a dict), which method {method!r} needs, got 'global'"
         )
     if sparsity is None and not isinstance(scope, Mapping):
         sparsity = pattern.sparsity if isinstance(pattern, NM) else DEFAULT_SPARSITY
@@ -82,6 +83,7 @@ class Job:
         layers: The layers, each with what is alive in it.
         task: Model, data and loss.
         totals: What the method observed while training, one tensor per layer, instead of measuring.
+        progress: Whether to show a progress bar over stages or rounds, as for `progress.track`.
     """
 
     method: Method
@@ -91,6 +93,7 @@ class Job:
     layers: list[Layer]
     task: Task
     totals: tuple[Tensor | None, ...] | None = None
+    progress: bool | None = False
 
     def run(self) -> list[Tensor]:
         """Choose the masks and set the dropped weights to zero; puts them back on failure."""
@@ -99,12 +102,15 @@ class Job:
         rounds = 1 if isinstance(self.pattern, NM) else self.method.rounds
         job, masks = self, []
         with restored_on_error(self.layers if rounds > 1 else ()):
-            for number in range(1, rounds + 1):
+            for number in self._track(range(1, rounds + 1)):
                 masks = job._softened(number / rounds)._run_at_once()
                 job = replace(
                     job, layers=[replace(la, alive=m) for la, m in zip(job.layers, masks)]
                 )
         return masks
+
+    def _track(self, items: Sequence) -> Iterable:
+        return track(items, "pruning", self.progress)
 
     @property
     def _ranks_globally(self) -> bool:
@@ -159,7 +165,7 @@ class Job:
                 self.task.model, self.layers, self.task.batches, self.method.sequential
             )
             budget = self._global_budget(runs) if self._ranks_globally else self._budget()
-            for stage in runs.stages:
+            for stage in self._track(runs.stages):
                 totals = self._gather(runs, stage)
                 found = self._each_layer(self.method.prune_layer, stage, budget, totals)
                 masks.update(zip(stage, found))
@@ -175,7 +181,7 @@ class Job:
 
     def _global_budget(self, runs: Calibration) -> Budget:
         scores: dict[int, Tensor] = {}
-        for stage in runs.stages:
+        for stage in self._track(runs.stages):
             totals = self._gather(runs, stage)
             for i in stage:
                 scores[i] = self.method.unit_ranks(self.layers[i], self.pattern, totals[i]).cpu()

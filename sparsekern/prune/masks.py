@@ -1,11 +1,15 @@
-"""Looking at masks: layers that died, and how much two prunings agree."""
+"""Looking at masks and weights: statistics, dead layers, how much two prunings agree."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 from torch import Tensor, nn
 
-from ..patterns import Unstructured
+from ..patterns import Unstructured, detect
+from .plots import new_figure
+from .report import PruneReport, make_report
 from .targets import find_layers
 
 
@@ -20,6 +24,87 @@ class MaskOverlap:
 
     layers: dict[str, float]
     total: float
+
+    def plot(self, path: str | Path) -> None:
+        """Draw a bar per layer and a line for all together into an image file."""
+        figure, axes = new_figure(xlabel="layer", ylabel="kept in both / kept in either")
+        axes.bar([name or "(model)" for name in self.layers], list(self.layers.values()))
+        axes.axhline(self.total, color="grey", linestyle="--", label=f"all: {self.total:.3g}")
+        axes.set_ylim(0, 1)
+        axes.tick_params("x", rotation=90 if len(self.layers) > 8 else 0)
+        axes.legend(fontsize="small")
+        figure.savefig(path)
+
+
+@dataclass(frozen=True)
+class WeightHistogram:
+    """How the weights that are not 0 are distributed; by layer name.
+
+    Attributes:
+        edges: Edges of the bins, one more than there are counts.
+        counts: Nonzero weights per bin.
+        zeros: Weights that are exactly 0.
+    """
+
+    edges: dict[str, list[float]]
+    counts: dict[str, list[int]]
+    zeros: dict[str, int]
+
+    def plot(self, path: str | Path) -> None:
+        """Draw a line per layer, counts on a logarithmic scale, into an image file."""
+        figure, axes = new_figure(xlabel="weight", ylabel="weights that are not 0")
+        for name, counts in self.counts.items():
+            share = self.zeros[name] / max(1, self.zeros[name] + sum(counts))
+            label = f"{name or '(model)'}, {share:.0%} zeros"
+            axes.stairs(counts, self.edges[name], label=label)
+        axes.set_yscale("symlog", linthresh=1)
+        axes.legend(fontsize="small")
+        figure.savefig(path)
+
+
+def weight_histogram(
+    model: nn.Module,
+    bins: int = 50,
+    targets: type | Sequence[type] = (nn.Linear, nn.Conv2d),
+    ignore: str | type | Sequence[str | type] = (),
+) -> WeightHistogram:
+    """Count the weights of each layer in equal bins from its smallest to its largest.
+
+    Raises:
+        ValueError: Bins below 1, or no layer to look at.
+        TypeError: An argument of the wrong type.
+    """
+    if not isinstance(bins, int) or isinstance(bins, bool) or bins < 1:
+        raise ValueError(f"weight_histogram: expected bins to be an int >= 1, got {bins!r}")
+    layers, _ = find_layers(model, targets, ignore, Unstructured())
+    result = WeightHistogram({}, {}, {})
+    for layer in layers:
+        weight = layer.weight.double().cpu().flatten()
+        kept = weight[weight != 0]
+        counts, edges = np.histogram(kept.numpy(), bins)
+        result.counts[layer.name], result.edges[layer.name] = counts.tolist(), edges.tolist()
+        result.zeros[layer.name] = weight.numel() - kept.numel()
+    return result
+
+
+def sparsity_report(
+    model: nn.Module,
+    targets: type | Sequence[type] = (nn.Linear, nn.Conv2d),
+    ignore: str | type | Sequence[str | type] = (),
+) -> PruneReport:
+    """Count the zeros of a model as it is, whoever made them, and name the pattern of each layer.
+
+    Raises:
+        ValueError: No layer to look at.
+        TypeError: An argument of the wrong type.
+    """
+    layers, skipped = find_layers(model, targets, ignore, Unstructured())
+    rows = [
+        row
+        for layer in layers
+        for row in make_report("", detect(layer.weight), "", [layer], {}).layers
+    ]
+    return PruneReport("weights as they are", "detected", "per layer", tuple(rows), skipped)
 
 
 def layer_collapse(

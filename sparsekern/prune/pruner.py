@@ -39,7 +39,7 @@ class Pruner:
     `optimizer.step()`, so neither momentum nor weight decay revives them; the optimizer's state at
     dropped and at regrown weights is cleared. Steps that the optimizer skips (GradScaler) do not
     count. Everything is deterministic, and identical on all ranks of a distributed run: scores and
-    gradients are averaged over them.
+    gradients are averaged over them. Every rank must hold whole weights (DDP, not FSDP).
 
     To resume, build model, optimizer and Pruner as before and load the three state_dicts, in any
     order: training goes on bit by bit as if it had never stopped.
@@ -226,7 +226,10 @@ class Pruner:
             self._job.method.generator.set_state(state["generator"])
 
     def finalize(self) -> PruneReport:
-        """Stop: remove masks and hooks. The zeros are in the weights, ready for conversion.
+        """Stop: remove hooks and masks. The zeros are in the weights, ready for conversion.
+
+        A mask stays beside a weight of which kept values are 0 by accident: `convert_to_sparse`
+        finds the pattern by it.
 
         Returns:
             The report.
@@ -350,7 +353,7 @@ class Pruner:
             return pattern
         # A hair less, so that 2 of 4 at sparsity 0.5 does not round up to 3.
         kept = math.ceil((1 - sparsity) * pattern.m - 1e-6)
-        return None if kept >= pattern.m else NM(max(kept, pattern.n), pattern.m)
+        return None if kept >= pattern.m else replace(pattern, n=max(kept, pattern.n))
 
     def _install(self, slot: Slot, mask: Tensor) -> None:
         """Change a mask in place; the optimizer forgets what it knew of changed weights."""

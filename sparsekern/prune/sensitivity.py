@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from ..patterns import NM, Pattern, parse
+from ..progress import track
 from ..ranking import check_sparsity
 from .api import prune
 from .data import read_batches
+from .plots import new_figure
 from .targets import find_layers
 
 GRID = (0.5, 0.7, 0.8, 0.9, 0.95)
@@ -74,10 +76,7 @@ class Sensitivity:
 
     def plot(self, path: str | Path) -> None:
         """Draw score against sparsity, a line per layer, into an image file (needs matplotlib)."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.add_subplot(xlabel="sparsity of the layer", ylabel="score")
+        figure, axes = new_figure(xlabel="sparsity of the layer", ylabel="score")
         axes.axhline(self.baseline, color="grey", linestyle="--", label="dense")
         for name, scores in self.scores.items():
             axes.plot(self.sparsities, scores, marker="o", label=name or "(model)")
@@ -95,6 +94,7 @@ def sensitivity(
     loss_fn=None,
     targets: type | Sequence[type] = (nn.Linear, nn.Conv2d),
     ignore: str | type | Iterable[str | type] = (),
+    progress: bool | None = None,
     **method_options,
 ) -> Sensitivity:
     """Prune each layer alone at several sparsities and evaluate, without retraining.
@@ -113,6 +113,7 @@ def sensitivity(
         loss_fn: As for `prune`.
         targets: As for `prune`.
         ignore: As for `prune`.
+        progress: Show a progress bar over the layers, as for `prune`.
         **method_options: As for `prune`.
 
     Raises:
@@ -131,12 +132,12 @@ def sensitivity(
     batches = None if data is None else _as_items(data)
     scores: dict[str, tuple[float, ...]] = {}
     baseline = _score(model, evaluate)
-    for layer in layers:
+    for layer in track(layers, "sensitivity", progress):
         found = []
         for value in grid:
             with _restored(model):
                 scope = {layer.name: value}
-                options = (batches, loss_fn, targets, ignore)
+                options = (batches, loss_fn, targets, ignore, False)
                 prune(model, method, None, parsed, scope, *options, **method_options)
                 found.append(_score(model, evaluate))
         scores[layer.name] = tuple(found)

@@ -15,6 +15,19 @@ MASK = "weight_mask"
 _taken: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
+def mask_beside(module: nn.Module) -> Tensor | None:
+    """Mask that a Pruner put beside a weight, in its layout; None if there is none that fits.
+
+    A mask no longer fits once weights outside of it are not 0.
+    """
+    mask, weight = module._buffers.get(MASK), module._parameters.get("weight")
+    if mask is None or weight is None or mask.dtype != torch.bool or mask.shape != weight.shape:
+        return None
+    if mask.device != weight.device or bool((weight.detach()[~mask] != 0).any()):
+        return None
+    return mask
+
+
 @dataclass
 class Slot:
     """One layer under a Pruner.
@@ -43,8 +56,14 @@ class Slot:
         self.layer.module.register_buffer(MASK, mask, persistent=False)
 
     def detach(self) -> None:
-        """Take the mask away and forget what is kept aside."""
-        delattr(self.layer.module, MASK)
+        """Forget what is kept aside, and take the mask away unless the zeros do not tell it.
+
+        A weight that was grown, or whose inputs are always 0, may be kept and be 0 still. Its mask
+        stays, so that a conversion finds the pattern.
+        """
+        module = self.layer.module
+        if torch.equal(getattr(module, MASK), module.weight != 0):
+            delattr(module, MASK)
         _taken.discard(self.layer.module)
         self.held = self.seen = None
 

@@ -71,13 +71,14 @@ def find_layers(model, targets, ignore, pattern: Pattern) -> tuple[list[Layer], 
     Raises:
         TypeError: `model`, `targets` or `ignore` of a wrong type.
         ValueError: No layer left, an `ignore` entry that matches nothing, or a weight that cannot
-            be pruned (on meta, not floating point, NaN or Inf, computed by a parametrization).
+            be pruned (on meta, not floating point, NaN or Inf, sharded, or computed by a
+            parametrization).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"prune: expected a torch.nn.Module, got {type(model).__name__}")
     kinds = _check_targets(targets)
     owners = _owners(model)
-    entries = _check_ignore(model, ignore)
+    entries = check_ignore(model, ignore)
     layers, skipped, seen = [], {}, set()
     for name, module in model.named_modules():
         if not _is_target(module, kinds):
@@ -135,6 +136,11 @@ def _weight_key(name: str, module: nn.Module):
             f"prune: expected layer {name!r} to hold its weight as a plain parameter, got one that "
             "is computed (a parametrization?); remove that first or ignore the layer"
         )
+    if hasattr(weight, "device_mesh"):  # a DTensor
+        raise ValueError(
+            f"prune: expected layer {name!r} to hold its whole weight, got a shard of it (FSDP is "
+            "not supported)"
+        )
     if isinstance(weight, UninitializedTensorMixin):
         raise ValueError(f"prune: expected layer {name!r} to be initialized, got a lazy weight")
     return _memory_key(weight)
@@ -156,18 +162,25 @@ def _owners(model: nn.Module) -> dict:
     return owners
 
 
-def _check_ignore(model: nn.Module, ignore) -> list:
+def check_ignore(model: nn.Module, ignore) -> list:
+    """List the entries of `ignore`, each of which must match a module.
+
+    Raises:
+        TypeError: An entry that is neither a name, a glob nor a type.
+        ValueError: An entry that matches nothing.
+    """
     entries = list(ignore) if isinstance(ignore, tuple | list | set) else [ignore]
     modules = list(model.named_modules(remove_duplicate=False))
     for entry in entries:
         if not isinstance(entry, str | type):
             raise TypeError(f"prune: expected ignore to hold names, globs or types, got {entry!r}")
-        if not any(_ignores(entry, name, module) for name, module in modules):
+        if not any(ignores(entry, name, module) for name, module in modules):
             raise ValueError(f"prune: expected ignore to match a module, got {entry!r}")
     return entries
 
 
-def _ignores(entry, name: str, module: nn.Module) -> bool:
+def ignores(entry, name: str, module: nn.Module) -> bool:
+    """Say whether an entry of `ignore` means a module."""
     if isinstance(entry, type):
         return isinstance(module, entry)
     return name_matches(entry, name)
@@ -180,7 +193,7 @@ def name_matches(entry: str, name: str) -> bool:
 
 def _reason_to_skip(name, module, owners, entries, pattern) -> str | None:
     for entry in entries:
-        hit = next((o for o, m in [(name, module), *owners] if _ignores(entry, o, m)), None)
+        hit = next((o for o, m in [(name, module), *owners] if ignores(entry, o, m)), None)
         if hit is not None:
             return "ignored" if hit == name else f"shares its weight with {hit!r}, which is ignored"
     weight = Layer(name, module).weight

@@ -11,6 +11,7 @@ from .magnitude import Magnitude
 from .movement import Movement
 from .obd import OptimalBrainDamage
 from .random import Random
+from .refit import Refit
 from .rigl import RigL
 from .set import SET
 from .skeletonization import Skeletonization
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "movement": Movement,
     "obd": OptimalBrainDamage,
     "random": Random,
+    "refit": Refit,
     "rigl": RigL,
     "set": SET,
     "skeletonization": Skeletonization,

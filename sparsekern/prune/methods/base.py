@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...patterns import NM, Pattern
 from ...ranking import keep
+from ..bits import drop_
 from ..schedules import OneShot, Schedule
 from ..scores import rank_in_rows
 from ..targets import Layer
@@ -125,7 +126,7 @@ class Method:
 def zero_out(layer: Layer, mask: Tensor) -> None:
     """Set the dropped weights to +0; a product with the mask would keep NaN and make -0."""
     with torch.no_grad():
-        layer.weight.masked_fill_(~mask.to(layer.weight.device), 0)
+        drop_(layer.weight, mask.to(layer.weight.device))
 
 
 def refuse_nan(layer: Layer, scores: Tensor) -> Tensor:

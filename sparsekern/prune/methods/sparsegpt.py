@@ -1,6 +1,7 @@
 """SparseGPT: prune column by column and let the weights to the right make up for each loss."""
 
 import math
+import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,7 +15,8 @@ from ..targets import Layer
 from .base import Method
 
 
-def _gram(layer: Layer, rows: Tensor) -> Tensor:
+def gram(layer: Layer, rows: Tensor) -> Tensor:
+    """`X^T X` of input rows `(groups, T, fan_in)`, float64 `(groups, fan_in, fan_in)`."""
     rows = rows if rows.dtype == torch.float64 else rows.float()
     return (rows.mT @ rows).double()
 
@@ -30,7 +32,8 @@ class SparseGPT(Method):
     pruned first. Memory: one float64 `(fan_in, fan_in)` Hessian per layer of a stage.
 
     Attributes:
-        percdamp: Share of the mean diagonal that is added to the diagonal of H, >= 0.
+        percdamp: Share of the mean diagonal that is added to the diagonal of H, >= 0; raised with a
+            warning where that is too little, unless it is 0.
         blocksize: Columns per block, >= 1; rounded up to a multiple of the pattern's width.
         sequential: As for Wanda: stage by stage on pruned inputs, or all on dense inputs at once.
     """
@@ -40,7 +43,7 @@ class SparseGPT(Method):
     sequential: bool = True
     scope: ClassVar[str] = "uniform"
     needs: ClassVar[str] = "data"
-    statistic: ClassVar = staticmethod(_gram)
+    statistic: ClassVar = staticmethod(gram)
 
     def __post_init__(self):
         """Check the options."""
@@ -57,7 +60,7 @@ class SparseGPT(Method):
 
     def score(self, layer: Layer, total: Tensor | None) -> Tensor:
         """Score as if each weight were pruned alone: `w_j^2 / [H^-1]_jj` with the full H."""
-        inverse = _inverse(layer, total, self.percdamp)
+        inverse, _ = _factored(layer, total, self.percdamp)
         grouped = layer.weight.reshape(layer.groups, -1, total.shape[-1])
         grouped = grouped.to(_work_dtype(layer.weight))
         diagonal = inverse.diagonal(dim1=1, dim2=2).to(grouped.dtype)
@@ -71,8 +74,7 @@ class SparseGPT(Method):
         weight, order = layer.weight, _column_order(layer.weight, pattern)
         hessian = total[:, order][:, :, order]
         dead = hessian.diagonal(dim1=1, dim2=2) <= 0
-        inverse = _inverse(layer, hessian, self.percdamp)
-        factor = _cholesky(layer, inverse, self.percdamp).mT
+        _, factor = _factored(layer, hessian, self.percdamp)
         columns = weight.reshape(layer.groups, -1, total.shape[-1])[:, :, order]
         sweep = _Sweep(columns.to(_work_dtype(weight)), factor, dead, _flat(pattern, weight))
         mask = sweep.run(kept, self.blocksize, _runs(weight, pattern))
@@ -156,13 +158,25 @@ def _work_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _inverse(layer: Layer, hessian: Tensor, percdamp: float) -> Tensor:
-    """Inverse of the damped Hessian `(groups, fan_in, fan_in)`, float64."""
+def _factored(layer: Layer, hessian: Tensor, percdamp: float) -> tuple[Tensor, Tensor]:
+    """Inverse of the damped Hessian `(groups, fan_in, fan_in)` and its upper factor, float64.
+
+    Where the Hessian is too close to singular, warns and damps ten times more, up to its mean
+    diagonal; with `percdamp` 0 it raises at once.
+    """
     diagonal = hessian.diagonal(dim1=1, dim2=2)
-    # An input that is never active has a zero row: 1 on the diagonal keeps it out of the others.
-    extra = torch.where(diagonal <= 0, 1.0, 0.0) + percdamp * diagonal.mean(1, keepdim=True)
-    damped = hessian + torch.diag_embed(extra)
-    return torch.cholesky_inverse(_cholesky(layer, damped, percdamp))
+    while True:
+        # An input that is never active has a zero row: 1 on the diagonal keeps it out of others.
+        extra = torch.where(diagonal <= 0, 1.0, 0.0) + percdamp * diagonal.mean(1, keepdim=True)
+        try:
+            factor = _cholesky(layer, hessian + torch.diag_embed(extra), percdamp)
+            inverse = torch.cholesky_inverse(factor)
+            return inverse, _cholesky(layer, inverse, percdamp).mT
+        except ValueError as error:
+            if not 0 < percdamp * 10 <= 1:
+                raise
+            warnings.warn(f"{error}; trying percdamp={percdamp * 10:g}", stacklevel=2)
+            percdamp *= 10
 
 
 def _cholesky(layer: Layer, matrix: Tensor, percdamp: float) -> Tensor:

@@ -1,0 +1,1 @@
+"""What `make gpu` runs: builds, tests and sweeps on a GPU, one process each, whatever fails."""

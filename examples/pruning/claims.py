@@ -1,0 +1,95 @@
+"""What the papers lead one to expect, checked on the results."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from results import Point
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One line of a figure should lie above another.
+
+    Attributes:
+        region: Of the page.
+        text: The claim.
+        source: Who claims it.
+        better: Line that should be better.
+        worse: Line that should be worse.
+        metric: `"accuracy"`, or `"pruned"` for that before any training after pruning.
+    """
+
+    region: str
+    text: str
+    source: str
+    better: str
+    worse: str
+    metric: str = "accuracy"
+
+
+EQUAL, FIXED = "magnitude, layer by layer", "random at start, uniform"
+SHUFFLED = "SNIP's share of every layer, at random"
+BEFORE = "loses less before retraining"
+FRANKLE, EVCI = "Frankle & Carbin 2019", "Evci et al. 2020"
+CLAIMS = (
+    Claim("accuracy", "magnitude beats random", "all", EQUAL, "random after training"),
+    Claim("accuracy", "one ranking beats equal shares", "Blalock et al. 2020",
+          "magnitude, global", EQUAL),
+    Claim("accuracy", "LAMP beats equal shares", "Lee et al. 2021", "magnitude, LAMP", EQUAL),
+    Claim("accuracy", "rounds beat one shot", "Han et al. 2015",
+          "magnitude, Han's rounds", "magnitude, Han's thresholds"),
+    Claim("accuracy", f"OBD {BEFORE} than magnitude", "LeCun et al. 1989",
+          "OBD, Gauss-Newton", "magnitude, global", "pruned"),
+    Claim("accuracy", f"Wanda {BEFORE} than magnitude", "Sun et al. 2023",
+          "Wanda", EQUAL, "pruned"),
+    Claim("accuracy", f"SparseGPT {BEFORE} than Wanda", "Sun et al. 2023",
+          "SparseGPT", "Wanda", "pruned"),
+    Claim("accuracy", "gradual magnitude beats a random start", "Lee et al. 2024 (JaxPruner)",
+          "gradual magnitude", FIXED),
+    Claim("accuracy", "20 rounds of SNIP beat one", "Verdenius et al. 2020",
+          "SNIP, 20 rounds", "SNIP"),
+    Claim("accuracy", "filters: L1 norm beats random", "Li et al. 2017",
+          "L1 norm", "random units"),
+    Claim("snip", "SNIP beats random", "Lee et al. 2019", "SNIP", FIXED),
+    Claim("snip", "SNIP beats magnitude at the start", "Lee et al. 2019",
+          "SNIP", "magnitude of the first weights"),
+    Claim("snip", "random weights do as well, in SNIP's shares", "Frankle et al. 2021",
+          SHUFFLED, "SNIP"),
+    Claim("snip", "LeNet-5: SNIP beats random", "Lee et al. 2019",
+          "SNIP, LeNet-5", "random, LeNet-5"),
+    Claim("gradual", "large and sparse beats small and dense", "Zhu & Gupta 2017",
+          "gradual magnitude", "small, dense"),
+    Claim("rigl", "SET beats static", EVCI, "SET, ERK", "random at start, ERK"),
+    Claim("rigl", "RigL beats SET", EVCI, "RigL, ERK", "SET, ERK"),
+    Claim("rigl", "RigL: ERK beats uniform", EVCI, "RigL, ERK", "RigL, uniform"),
+    Claim("rigl", "RigL beats small and dense", EVCI, "RigL, ERK", "small, dense"),
+    Claim("rigl", "gradual magnitude beats RigL in as many steps", EVCI,
+          "gradual magnitude", "RigL, uniform"),
+    Claim("lottery", "tickets beat new weights", FRANKLE, "ticket", "new weights"),
+    Claim("lottery", "tickets beat random masks", FRANKLE, "ticket", "random mask"),
+    Claim("lottery", "rewinding to epoch 1 beats epoch 0", "Frankle et al. 2020",
+          "ticket, to epoch 1", "ticket"),
+)  # fmt: skip
+
+
+def gaps(claim: Claim, points: Sequence[Point]) -> dict[float, list[float]]:
+    """Differences better - worse by sparsity, one for each seed that both lines have."""
+    sides = []
+    for name in (claim.better, claim.worse):
+        own = [p for p in points if p.line == name and p.metric == claim.metric]
+        sides.append({(p.sparsity, p.seed): p.value for p in own})
+    found: dict[float, list[float]] = {}
+    for key in sorted(sides[0].keys() & sides[1].keys()):
+        found.setdefault(key[0], []).append(sides[0][key] - sides[1][key])
+    return found
+
+
+def verdict(differences: Sequence[float]) -> str:
+    """`yes` or `no` where the mean is larger than its deviation over the seeds, else `open`."""
+    if len(differences) < 2:
+        return "open"
+    mean, deviation = statistics.mean(differences), statistics.stdev(differences)
+    if abs(mean) <= deviation:
+        return "open"
+    return "yes" if mean > 0 else "no"

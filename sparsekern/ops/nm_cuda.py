@@ -1,0 +1,216 @@
+"""nm_linear and its gradients on CUDA: cuSPARSELt, our Triton kernels, or dense, by timing.
+
+The weight gradient is a dense product of which the kept positions are collected. The input gradient
+runs on the transposed weight packed as 2:4 where its mask is 2:4, too, else on the dense one.
+Pruning on the fly while training is left to the mask of SR-STE (`sparsekern.Pruner`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import cslt
+from ._library import CUDA, check_activation
+from .cuda_choice import run_fastest, shape_key
+from .cuda_support import (
+    Record,
+    aligned,
+    capturing,
+    check_bias,
+    check_last,
+    check_operand,
+    check_shape,
+    check_values,
+    device_facts,
+    device_fault,
+    finish,
+    recall,
+    remember,
+    state_once,
+    triton_fault,
+)
+from .nm import slot_channels, slot_columns, slot_count
+
+DECODE_TOKENS = 64  # up to here the decode kernel is tried
+
+
+def kernel_fault(device) -> str:
+    """Say why our Triton kernels cannot be used on a device; empty when they can."""
+    return device_fault(device, (8, 0)) or triton_fault()
+
+
+def _kernels(x: Tensor) -> bool:
+    return not kernel_fault(device_facts(x.device.index)) and x.dtype != torch.float64
+
+
+def expand(values: Tensor, index: Tensor, channels: int, n: int, m: int) -> Tensor:
+    """The dense weight `(rows, channels)`, without a check and without a wait."""
+    if _kernels(values):
+        from .nm_expand_triton import nm_expand
+
+        return nm_expand(values, index, channels, n, m)
+    columns = slot_channels(index, channels, n, m).flatten(1)
+    dense = values.new_zeros(values.shape[0], channels).scatter(1, columns, values)
+    return torch.where(dense == 0, 0, dense)
+
+
+def collect(dense: Tensor, index: Tensor, slots: int, n: int, m: int) -> Tensor:
+    """The values `(rows, slots)` of a dense matrix at the stored positions."""
+    if _kernels(dense):
+        from .nm_expand_triton import nm_collect
+
+        return nm_collect(dense, index, slots, n, m)
+    return dense.gather(1, slot_channels(index, dense.shape[1], n, m).flatten(1))
+
+
+def library_fault(x: Tensor, rows: int, cols: int, n: int, m: int) -> str:
+    """Say why cuSPARSELt cannot take a product; empty when it can."""
+    index = x.device.index
+    fault = cslt.weight_fault(x.dtype, rows, cols, n, m) or cslt.library_fault(device_facts(index))
+    if not fault and x.dtype == torch.float16:
+        unknown = capturing(x) and cslt.float16_fault.cache_info().currsize == 0
+        fault = "expected one product before the capture" if unknown else cslt.float16_fault(index)
+    return fault
+
+
+def _check_nm(op: str, x, values, index, rows: int, cols: int, n: int, m: int) -> None:
+    check_values(op, values, x)
+    check_operand(op, "index", index, x, torch.uint8)
+    check_shape(op, "values", values, (rows, slot_count(cols, n, m)))
+
+
+def _linear(x, values, index, bias, plan, plan_t, n, m, activation="none"):
+    op, rows, cols = "nm_linear", index.shape[0], x.shape[-1]
+    _check_nm(op, x, values, index, rows, cols, n, m)
+    check_activation(op, activation)
+    check_bias(op, bias, x, rows)
+    with torch.cuda.device_of(x):
+        x2d, index = aligned(x.reshape(-1, cols)), index.contiguous()
+        arguments = (x2d, values, index, bias, plan, n, m, activation)
+        if x2d.shape[0] == 0 or values.numel() == 0:
+            y = _dense_linear(*arguments)
+        else:
+            key = shape_key(op, x, rows, cols, values.numel(), x2d.shape[0])
+            y = run_fastest((*key, n, m), _linear_ways(*arguments), x)
+        return y.view(*x.shape[:-1], rows)
+
+
+def _dense_linear(x, values, index, bias, plan, n, m, activation) -> Tensor:
+    weight = expand(values.contiguous(), index, x.shape[1], n, m)
+    return finish(torch.nn.functional.linear(x, weight, bias), None, activation, "nm_linear")
+
+
+def _linear_ways(x, values, index, bias, plan, n, m, activation) -> dict:
+    """Ways to compute the forward product; `x` is `(tokens, in)`, aligned."""
+    rows, cols = index.shape[0], x.shape[1]
+    ways = {}
+    if _kernels(x) and x.shape[0] <= DECODE_TOKENS:
+        from .nm_triton import nm_decode
+
+        arguments = (x, aligned(values), index, (rows, cols, n, m), bias, activation)
+        ways["decode"] = lambda: nm_decode(*arguments)
+    packed = _packed_way(plan, values, x, rows, cols, n, m)
+    if packed is not None:
+        contiguous = values.contiguous()
+
+        def library():
+            weight = packed(lambda: expand(contiguous, index, cols, n, m))
+            b = aligned(bias) if bias is not None else None
+            return cslt.linear(x, weight, b, rows, activation)
+
+        ways["cusparselt"] = library
+    ways["dense"] = lambda: _dense_linear(x, values, index, bias, plan, n, m, activation)
+    return ways
+
+
+def _packed_way(plan, values, x, rows, cols, n, m, kind: str = "forward"):
+    """Makes or finds the packed weight, given what makes the dense one; None where it cannot."""
+    fault = library_fault(x, rows, cols, n, m)
+    if fault:
+        state_once(f"nm_linear goes without cuSPARSELt: {fault}")
+        return None
+    if plan is None or values.is_inference():
+        # Nothing to keep a packed weight with, or no counter that tells when it is out of date.
+        return None
+    record = recall(plan) or remember(plan, Record())
+    held = record.packed.setdefault((kind, x.dtype), cslt.Packed())
+    return lambda make_dense: cslt.packed_weight(held, values, make_dense)
+
+
+def _grad_input(grad, values, index, plan_t, in_features, n, m):
+    op, rows = "nm_linear_grad_input", index.shape[0]
+    _check_nm(op, grad, values, index, rows, in_features, n, m)
+    check_last(op, grad, rows)
+    with torch.cuda.device_of(grad):
+        flat, values = aligned(grad.reshape(-1, rows)), values.contiguous()
+
+        def dense():
+            return flat @ expand(values, index, in_features, n, m)
+
+        if flat.shape[0] == 0 or values.numel() == 0:
+            return dense().view(*grad.shape[:-1], in_features)
+        ways = {"dense": dense}
+        if _transposable(plan_t, grad, index, in_features, n, m):
+            packed = _packed_way(plan_t, values, grad, in_features, rows, n, m, "transposed")
+            if packed is not None:
+
+                def library():
+                    weight = packed(
+                        lambda: expand(values, index, in_features, n, m).t().contiguous()
+                    )
+                    return cslt.linear(flat, weight, None, in_features, "none")
+
+                ways = {"cusparselt": library, **ways}
+        key = shape_key(op, grad, rows, in_features, values.numel(), flat.shape[0])
+        y = run_fastest((*key, n, m, len(ways)), ways, grad)
+        return y.view(*grad.shape[:-1], in_features)
+
+
+def _grad_values(grad, x, index, plan_t, n, m):
+    op, rows, cols = "nm_linear_grad_values", index.shape[0], x.shape[-1]
+    check_operand(op, "grad", grad, x, x.dtype)
+    check_operand(op, "index", index, x, torch.uint8)
+    check_shape(op, "grad", grad, (*x.shape[:-1], rows))
+    with torch.cuda.device_of(x):
+        dense = grad.reshape(-1, rows).t() @ x.reshape(-1, cols)
+        return collect(dense, index.contiguous(), slot_count(cols, n, m), n, m)
+
+
+def _transposable(plan_t, like, index, cols: int, n: int, m: int) -> bool:
+    """Whether the transposed weight can be packed, by the record of a plan; made when not ours."""
+    record = recall(plan_t) if plan_t is not None else None
+    if record is None:
+        if plan_t is None or capturing(like):
+            return False
+        record = remember(plan_t, Record())
+    if "transposable" not in record.facts:
+        record.facts["transposable"] = (n, m) == (2, 4) and is_transposable(
+            slot_columns("nm_plan", index, cols, n, m), index.shape[0], cols
+        )
+    return record.facts["transposable"]
+
+
+def is_transposable(columns: Tensor, rows: int, cols: int) -> bool:
+    """Whether the transposed weight is 2:4 as well; waits for the device."""
+    if rows % 4:
+        return False
+    kept = torch.zeros(rows, cols, dtype=torch.uint8, device=columns.device).scatter_(1, columns, 1)
+    return bool((kept.view(rows // 4, 4, cols).sum(1) <= 2).all())
+
+
+def _plan(index, rows, channels, n, m, groups=1, taps=1, transpose=False):
+    with torch.cuda.device_of(index):
+        columns = slot_columns("nm_plan", index, channels, n, m, taps)
+        record = Record()
+        if transpose and (n, m, taps) == (2, 4, 1):
+            record.facts["transposable"] = is_transposable(columns, rows, channels)
+        made = index.new_zeros(1, dtype=torch.int32)  # an identity for the record
+    remember(made, record)
+    return made
+
+
+CUDA.impl("nm_linear", _linear)
+CUDA.impl("nm_linear_grad_input", _grad_input)
+CUDA.impl("nm_linear_grad_values", _grad_values)
+CUDA.impl("nm_plan", _plan)

@@ -1,0 +1,154 @@
+"""What block layers and convolutions do on CUDA before and beside the kernels: checks, dense path.
+
+The functions registered for CUDA run here on CPU tensors; the kernels are said to be unavailable.
+"""
+
+import pytest
+import torch
+from samples import SAMPLES, random_blocks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sparsekern.ops import block, block_conv, block_cuda, conv, conv_cuda, cuda_support, nm_conv
+
+
+@pytest.fixture(autouse=True)
+def _no_kernels(monkeypatch):
+    for module in (block_cuda, conv_cuda):
+        monkeypatch.setattr(module, "kernel_fault", lambda device: "this is a test")
+    monkeypatch.setattr(cuda_support, "_STATED", set())
+    monkeypatch.setenv("SPARSEKERN_TUNE", "0")
+
+
+def linear(sample, dtype=torch.float64):
+    x, values, crow, col, bias, _, _, rows, act = sample.build(dtype)
+    sizes = (crow, col, rows, x.shape[-1], *values.shape[1:])
+    plans = [block_cuda._plan(*sizes, transpose=t) for t in (False, True)]
+    return x, values, crow, col, bias, plans, rows, act
+
+
+@pytest.mark.parametrize("sample", SAMPLES["block_linear"], ids=lambda s: s.id)
+@pytest.mark.filterwarnings("ignore:.*is computed with the dense weight")
+def test_dense_linear(sample):
+    x, values, crow, col, bias, plans, rows, act = linear(sample)
+    got = block_cuda._linear(x, values, crow, col, bias, *plans, rows, act)
+    want = block._linear_reference(x, values, crow, col, bias, None, None, rows, act)
+    torch.testing.assert_close(got, want)
+    grad = torch.randn_like(want)
+    got = block_cuda._grad_input(grad, values, crow, col, plans[1], x.shape[-1])
+    want = block._grad_input_reference(grad, values, crow, col, None, x.shape[-1])
+    torch.testing.assert_close(got, want)
+    got = block_cuda._grad_values(grad, x, crow, col, plans[0], *values.shape[1:])
+    want = block._grad_values_reference(grad, x, crow, col, None, *values.shape[1:])
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.filterwarnings("ignore:.*is computed with the dense weight")
+@pytest.mark.parametrize("name", ["block_conv2d", "csr_conv2d", "nm_conv2d"])
+def test_dense_conv(name):
+    for sample in SAMPLES[name]:
+        arguments = list(sample.build(torch.float64))
+        run, reference = {
+            "block_conv2d": (conv_cuda._block_conv, block_conv._conv_reference),
+            "csr_conv2d": (conv_cuda._csr_conv, conv._conv_reference),
+            "nm_conv2d": (conv_cuda._nm_conv, nm_conv._conv_reference),
+        }[name]
+        want, plan = reference(*arguments), 4 if name == "nm_conv2d" else 5
+        if name == "block_conv2d":  # the others take any plan as a sign that indices were checked
+            arguments[plan] = None
+        torch.testing.assert_close(run(*arguments), want)
+        arguments[plan] = None
+        torch.testing.assert_close(run(*arguments), want)
+
+
+def test_the_reason_of_the_dense_path_is_said_once():
+    arguments = SAMPLES["block_linear"][1].build(torch.float32)
+    with pytest.warns(
+        RuntimeWarning, match="block_linear is computed with the dense .*: this is a"
+    ):
+        block_cuda._linear(*arguments[:5], None, None, *arguments[7:])
+    block_cuda._linear(*arguments[:5], None, None, *arguments[7:])
+    for text, dtype, height in (("float64", torch.float64, 64), ("fill no more", torch.half, 8)):
+        assert text in block_cuda.misfit(dtype, height)
+    assert block_cuda.misfit(torch.bfloat16, 9) == ""
+    arguments = SAMPLES["nm_conv2d"][0].build(torch.float32)
+    with pytest.warns(RuntimeWarning, match="nm_conv2d is computed with the dense .*: only 1x1"):
+        conv_cuda._nm_conv(*arguments)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot capture: results that the host has to read back."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "repeat_interleave.Tensor", "bincount", "unique")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = str(function).removeprefix("aten.")
+        if name.startswith(self.FORBIDDEN) and not (kwargs or {}).get("output_size"):
+            raise AssertionError(f"{name} waits for the device")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:.*is computed with the dense weight")
+def test_with_plans_nothing_waits_for_the_device():
+    x, values, crow, col, bias, plans, rows, act = linear(SAMPLES["block_linear"][6])
+    convs = [list(SAMPLES[name][0].build(torch.float64)) for name in ("csr_conv2d", "nm_conv2d")]
+    *arguments, outputs, kernel, stride, padding, dilation, groups, act2 = SAMPLES["block_conv2d"][
+        0
+    ].build(torch.float64)
+    sizes = (*arguments[2:4], outputs, arguments[0].shape[1], *arguments[1].shape[1:], groups, 9)
+    arguments[5] = block_cuda._plan(*sizes)
+    with NoWaiting():
+        y = block_cuda._linear(x, values, crow, col, bias, *plans, rows, act)
+        block_cuda._grad_input(y, values, crow, col, plans[1], x.shape[-1])
+        block_cuda._grad_values(y, x, crow, col, plans[0], *values.shape[1:])
+        geometry = (kernel, stride, padding, dilation, groups)
+        conv_cuda._block_conv(*arguments, outputs, *geometry, act2)
+        conv_cuda._csr_conv(*convs[0])
+        conv_cuda._nm_conv(*convs[1])
+    with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
+        block_cuda._linear(x, values, crow, col, bias, None, None, rows, act)
+
+
+def refuses(message, function, *arguments):
+    with pytest.raises(RuntimeError, match=message):
+        function(*arguments)
+
+
+def test_messages():
+    v, r, c = random_blocks(8, 6, (4, 3), 0.0)
+    v, x, g = v.float(), torch.randn(3, 6), torch.randn(3, 8)
+
+    def run(v=v, r=r, c=c, x=x, bias=None, plan=None, out=8, act="none"):
+        return block_cuda._linear(x, v, r, c, bias, plan, None, out, act)
+
+    refuses("block_linear: expected values of dtype torch.float32, got", run, v.double())
+    refuses("expected values with 3 dimensions, got torch.Size", run, v[0])
+    refuses(r"values.size\(0\) = col.size\(0\) = 3, got 4", lambda: run(c=c[:3]))
+    refuses("crow of dtype torch.int32, got torch.int64", lambda: run(r=r.long()))
+    refuses(r"col on the device of x \(cpu\), got meta", lambda: run(c=c.to("meta")))
+    refuses(r"crow.size\(0\) = rows of blocks \+ 1 = 4, got 3", lambda: run(out=9))
+    refuses("x of shape .*in_features.*, got a scalar", lambda: run(x=torch.tensor(1.0)))
+    refuses("bias of dtype torch.float32, got", lambda: run(bias=torch.zeros(8).double()))
+    refuses(r"bias of shape \(8,\), got \(4,\)", lambda: run(bias=torch.zeros(4)))
+    refuses("activation to be none, .*, got 'swish'", lambda: run(act="swish"))
+    refuses("crow to start at 0 and end at nnz = 4", lambda: run(r=r + 1))
+    plan = block_cuda._plan(r, c, 8, 6, 4, 3)
+    refuses("plan made by block_plan for this pattern, got", lambda: run(plan=plan[:5]))
+    refuses("plan made by block_plan for this pattern, got", lambda: run(plan=plan.float()))
+    wrong = r"plan_t made by block_plan\(transpose=True\) for this pattern, got torch.int32 of"
+    refuses(wrong, block_cuda._grad_input, g, v, r, c, plan, 6)
+    refuses("tokens of grad = 3, got 2", block_cuda._grad_values, g[:2], x, r, c, None, 4, 3)
+    x = torch.randn(1, 6, 4, 4)
+    one = [[1, 1], [1, 1], [0, 0], [1, 1]]
+    refuses("x with 4 dimensions", conv_cuda._block_conv, x[0], v, r, c, *[None] * 3, 8, *one, 1)
+    groups = "groups that divide in_channels = 6 and out_channels = 8, got 3"
+    refuses(groups, conv_cuda._block_conv, x, v, r, c, *[None] * 3, 8, *one, 3)
+    one[0] = [5, 5]
+    large = r"an input at least as large as the kernel, got input size \(4, 4\)"
+    refuses(large, conv_cuda._block_conv, x, v, r, c, *[None] * 3, 8, *one, 1)
+
+
+def test_registered_for_cuda():
+    ops = ("block_plan", "block_linear", "block_linear_grad_input", "block_linear_grad_values")
+    ops += ("block_conv2d", "csr_conv2d", "nm_conv2d")
+    for op in ops:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekern::{op}", "CUDA")
