@@ -45,6 +45,20 @@ def test_kernels_compile(case):
         assert "LDG.E.128" in built.sass and "LDG.E.64" in built.sass
 
 
+@pytest.mark.parametrize("case", ["narrow 2", "wide 4", "bitmap", "spmm", "sddmm"])
+def test_kernels_compile_for_sizes_of_one(case):
+    """A launch makes constants of every size of 1, and of a bias that is None."""
+    bitmap = {**csr_triton.bitmap_settings(1, 2), "SPLIT": 2, "UPCAST": False, **END}
+    bitmap.pop("num_warps")
+    name, constants, warps = {**CASES, "bitmap": ("bitmap_kernel", bitmap, 4)}[case]
+    arguments = getattr(csr_triton, name).arg_names
+    ones = ("rows", "cols", "tokens", "steps", "columns_at", "words_at", "prefix_at")
+    constants = {**constants, **{size: 1 for size in ones if size in arguments}}
+    if "bias" in arguments:
+        constants |= {"bias": None, "HAS_BIAS": False}
+    build(name, constants, "bf16", 90, warps)
+
+
 @pytest.mark.parametrize("cap", [80, 100])
 @pytest.mark.parametrize("case", ["narrow 1", "wide 8"])
 def test_kernels_compile_for_other_gpus(case, cap):

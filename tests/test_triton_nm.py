@@ -13,12 +13,13 @@ from sparsekern.ops import decode_triton, nm_triton
 END = {"HAS_BIAS": True, "ACTIVATION": "gelu", "UPCAST": False}
 
 
-def build(dtype, tokens, cap, n=2, m=4, split=1):
+def build(dtype, tokens, cap, n=2, m=4, split=1, fixed=None):
     packed = dtype == "bf16" and (n, m) == (2, 4)
     constants = {
         **nm_triton.settings(tokens, n, m, packed),
         **END,
         "SPLIT": split,
+        **(fixed or {}),
     }
     options = {"num_warps": constants.pop("num_warps")}
     types = {"index": "*u8", "y": "*fp32" if split > 1 else f"*{dtype}"}
@@ -41,6 +42,12 @@ def test_kernel_compiles(dtype, tokens, cap):
 @pytest.mark.parametrize("n, m", [(1, 4), (4, 8), (2, 7)])
 def test_kernel_compiles_for_other_patterns(n, m):
     build("bf16", 32, 90, n, m, split=4)
+
+
+def test_kernel_compiles_for_sizes_of_one():
+    """A launch makes constants of every size of 1, and of a bias that is None."""
+    ones = dict.fromkeys(("rows", "tokens", "row_bytes", "steps"), 1)
+    build("bf16", 1, 90, fixed={**ones, "bias": None, "HAS_BIAS": False})
 
 
 def test_sum_of_parts_compiles():
