@@ -114,7 +114,7 @@ def test_bitmap_of_a_plan():
         ({"values": torch.zeros(3).half()}, "expected values of the dtype of x"),
         ({"values": torch.zeros(3, device="meta")}, "expected values on the device of x"),
         ({"bias": torch.zeros(2)}, r"expected bias of shape \(3,\), got \(2,\)"),
-        ({"activation": "tanh"}, "expected activation to be none, relu, gelu or gelu_tanh, got"),
+        ({"activation": "tanh"}, "expected activation to be none, relu, .*, got"),
     ],
 )
 def test_refusals(change, message):
