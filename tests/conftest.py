@@ -1,6 +1,7 @@
 """Fixtures that all tests share."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -18,6 +19,15 @@ def _seed():
 def _own_cache(tmp_path, monkeypatch):
     """No test reads or writes the user's tuning cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _own_compilations():
+    """The limit of recompilations of a `forward` is per process: no test uses up another's."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()
 
 
 @pytest.fixture
