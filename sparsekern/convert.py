@@ -263,6 +263,11 @@ def _decide(job: _Job, candidate: Candidate) -> None:
         candidate.format = formats[0]
         candidate.sparse = _build(job, candidate, candidate.format)
         return
+    _choose_format(job, candidate, formats)
+
+
+def _choose_format(job: _Job, candidate: Candidate, formats: list[str]) -> None:
+    """Time the formats that can run; take the fastest if it gains enough."""
     refused = [text for name in formats if (text := _try_format(job, candidate, name))]
     if candidate.sparse_ms is None:
         candidate.reason = "; ".join(refused)

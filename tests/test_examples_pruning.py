@@ -200,12 +200,11 @@ def test_sensitivity_and_the_page(tmp_path):
 
 
 def test_page_needs_its_markers(tmp_path):
-    import page
-    from records import RecordsError
+    from records import RecordsError, update_page
 
     (tmp_path / "page.md").write_text("nothing")
     with pytest.raises(RecordsError, match="expected <!-- snip:start --> and <!-- snip:end --> in"):
-        page.update(tmp_path / "page.md", {"snip": "text"})
+        update_page(tmp_path / "page.md", {"snip": "text"})
 
 
 def test_verdicts_compare_equal_seeds():

@@ -191,7 +191,7 @@ def test_a_page_without_markers_is_refused(tmp_path, capsys):
     report = script("training/report")
     (tmp_path / "page.md").write_text("nothing")
     with pytest.raises(report.RecordsError, match="expected <!-- training:start -->"):
-        report.update(tmp_path / "page.md", {"training": ""})
+        report.update_page(tmp_path / "page.md", {"training": ""})
     assert report.main(["--results", str(tmp_path), "--page", str(tmp_path / "none.md")]) == 1
 
 

@@ -17,10 +17,9 @@ import snip
 from claims import CLAIMS, gaps, verdict
 from curves import draw, draw_sensitivity
 from frame import RESULTS
-from records import Records, RecordsError
+from records import Records, RecordsError, update_page
 from results import Point, points, series, summary
 
-from sparsekern.measure import write_atomically
 from sparsekern.measure.table import percent
 
 OF_LINES = {"accuracy": accuracy, "snip": snip, "gradual": gradual, "rigl": rigl}
@@ -147,29 +146,13 @@ class Page:
         return f"![{title}]({self.folder.name}/{file.name})"
 
 
-def update(page: Path, regions: dict[str, str]) -> None:
-    """Write regions between their markers.
-
-    Raises:
-        RecordsError: The page lacks a marker.
-    """
-    text = page.read_text("utf-8")
-    for name, content in regions.items():
-        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-        if start not in text or end not in text:
-            raise RecordsError(f"page: expected {start} and {end} in {page}, got a page without")
-        before, rest = text.split(start, 1)
-        text = f"{before}{start}\n{content}\n{end}{rest.split(end, 1)[1]}"
-    write_atomically(page, text)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSONL files")
     parser.add_argument("--page", type=Path, default=RESULTS.parent / "experiments.md")
     options = parser.parse_args(arguments)
     regions = Page(options.results).regions()
-    update(options.page, regions)
+    update_page(options.page, regions)
     print(f"wrote {', '.join(regions) or 'nothing'} to {options.page}")
 
 

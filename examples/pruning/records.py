@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import sparsekern
-from sparsekern.measure import commit, hardware
+from sparsekern.measure import commit, hardware, write_atomically
 
 FORMAT, VERSION = "sparsekern experiment", 1
 FOLDER = Path(__file__).resolve().parent
@@ -115,3 +115,19 @@ def _tidy(value):
     if isinstance(value, Mapping):
         return {key: _tidy(v) for key, v in value.items()}
     return [_tidy(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def update_page(page: Path, regions: dict[str, str]) -> None:
+    """Write regions between their markers.
+
+    Raises:
+        RecordsError: The page lacks a marker.
+    """
+    text = page.read_text("utf-8")
+    for name, content in regions.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if start not in text or end not in text:
+            raise RecordsError(f"page: expected {start} and {end} in {page}, got a page without")
+        before, rest = text.split(start, 1)
+        text = f"{before}{start}\n{content}\n{end}{rest.split(end, 1)[1]}"
+    write_atomically(page, text)

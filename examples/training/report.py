@@ -13,9 +13,8 @@ from statistics import mean, stdev
 
 EXAMPLES = Path(__file__).resolve().parents[1]
 sys.path.append(str(EXAMPLES / "pruning"))
-from records import Records, RecordsError  # noqa: E402
+from records import Records, RecordsError, update_page  # noqa: E402
 
-from sparsekern.measure import write_atomically  # noqa: E402
 from sparsekern.measure.table import milliseconds, percent, si, times  # noqa: E402
 
 DOCS = EXAMPLES.parent / "docs"
@@ -164,22 +163,6 @@ def source(records: Records) -> str:
     )
 
 
-def update(page: Path, regions: dict[str, str]) -> None:
-    """Write regions between their markers.
-
-    Raises:
-        RecordsError: The page lacks a marker.
-    """
-    text = page.read_text("utf-8")
-    for name, content in regions.items():
-        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-        if start not in text or end not in text:
-            raise RecordsError(f"report: expected {start} and {end} in {page}, got a page without")
-        before, rest = text.split(start, 1)
-        text = f"{before}{start}\n{content}\n{end}{rest.split(end, 1)[1]}"
-    write_atomically(page, text)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Write the regions that have results."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -194,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
         records = Records(options.results / "oneshot.jsonl")
         if records.done:
             found["oneshot"] = oneshot(records)
-        update(options.page, found)
+        update_page(options.page, found)
     except (RecordsError, OSError) as error:
         print(error, file=sys.stderr)
         return 1

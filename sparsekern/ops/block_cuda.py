@@ -11,7 +11,6 @@ Plans hold what a kernel would have to look up or sort. `plan` (forward, weight 
 index `crow | col | slot | order`. All int32; how long each part is follows from the arguments.
 """
 
-import functools
 from functools import partial
 
 import torch
@@ -30,6 +29,7 @@ from .cuda_support import (
     finish,
     refuse,
     state_once,
+    triton_fault,
 )
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -110,19 +110,9 @@ def misfit(dtype, height: int) -> str:
     return ""
 
 
-@functools.cache
-def triton_fault() -> str:
-    """Why Triton kernels cannot run; empty when they can."""
-    try:
-        import triton  # noqa: F401
-    except ImportError as error:
-        return f"expected Triton, got none: {error}"
-    return ""
-
-
 def kernel_fault(device: torch.device) -> str:
     """Why no kernel runs on a device; empty when they do."""
-    return device_fault(device_facts(device.index), (8, 0)) or triton_fault()
+    return device_fault(device_facts(device.index), (8, 0)) or triton_fault("block_triton")
 
 
 def takes_kernel(op: str, tensor, height: int) -> bool:

@@ -48,7 +48,7 @@ def cusparse_fault(device) -> str:
 
 def kernel_fault(device) -> str:
     """Say why our Triton kernels cannot be used on a device; empty when they can."""
-    return device_fault(device, (8, 0)) or triton_fault()
+    return device_fault(device, (8, 0)) or triton_fault("csr_triton")
 
 
 def algorithms(dtype: torch.dtype) -> list[tuple[int, bool]]:

@@ -9,6 +9,7 @@ not trusted: it gets a record of its own, made from the indices.
 from __future__ import annotations
 
 import functools
+import importlib
 import sys
 import threading
 import warnings
@@ -64,10 +65,10 @@ def half_fault() -> str:
 
 
 @functools.cache
-def triton_fault() -> str:
-    """Say why Triton kernels cannot run; empty when they can."""
+def triton_fault(module: str) -> str:
+    """Say why the Triton kernels of a module beside this one cannot run; empty when they can."""
     try:
-        from . import csr_triton, nm_triton  # noqa: F401
+        importlib.import_module(f".{module}", __package__)
     except ImportError as error:
         return f"expected Triton, got none: {error}"
     return ""

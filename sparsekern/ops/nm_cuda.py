@@ -37,7 +37,7 @@ DECODE_TOKENS = 64  # up to here the decode kernel is tried
 
 def kernel_fault(device) -> str:
     """Say why our Triton kernels cannot be used on a device; empty when they can."""
-    return device_fault(device, (8, 0)) or triton_fault()
+    return device_fault(device, (8, 0)) or triton_fault("nm_triton")
 
 
 def _kernels(x: Tensor) -> bool:

@@ -67,7 +67,7 @@ def device(monkeypatch, streams):
     facts = cuda_support.Device("stand-in", (9, 0))
     for module in (csr_cuda, nm_cuda):
         monkeypatch.setattr(module, "device_facts", lambda index: facts)
-        monkeypatch.setattr(module, "triton_fault", lambda: "expected Triton, got none")
+        monkeypatch.setattr(module, "triton_fault", lambda name: "expected Triton, got none")
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(cslt, "float16_fault", lambda index: "")
