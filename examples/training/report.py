@@ -89,8 +89,8 @@ def draw_training(path: Path, networks: dict[str, list[dict]]) -> None:
     for axes, (network, records) in zip(
         figure.subplots(1, len(networks), squeeze=False)[0], networks.items()
     ):
-        axes.set(title=LABELS[network], xlabel="whole training, processor s (log)", xscale="log",
-                 ylabel="test accuracy, %")  # fmt: skip
+        axes.set(title=LABELS[network], xlabel="whole training, processor s",
+                 ylabel="test accuracy, %", ylim=(0, 100))  # fmt: skip
         for name in records[0]["sides"]:
             sides = [record["sides"][name] for record in records]
             kind = name.split(" ")[name.startswith("sparse ")]  # "sparse block:16x16 0.9"
@@ -99,12 +99,16 @@ def draw_training(path: Path, networks: dict[str, list[dict]]) -> None:
             error = stdev(scores) if len(scores) > 1 else None
             colour = f"C{list(MARKERS).index(kind)}"
             axes.errorbar(x, y, error, marker=MARKERS[kind], color=colour, capsize=2)
-            label = name.split(" ", 1 + name.startswith("sparse "))[-1]
-            axes.annotate(label, (x, y), xytext=(5, 3), textcoords="offset points", fontsize=7)
+            below = {"block:16x16": -11, "unstructured": 5}.get(kind, 0) - 26 * ("epochs" in name)
+            share, *rest = name.split(" ", 2)[-1].split(", ")
+            label = ", ".join([percent(float(share)), *rest]) if kind != name else ""
+            axes.annotate("" if kind == "masked" else label, (x, y), xytext=(3, below),
+                          textcoords="offset points", fontsize=7)  # fmt: skip
         for kind, marker in MARKERS.items():
             colour = f"C{list(MARKERS).index(kind)}"
             axes.plot([], [], marker=marker, color=colour, linestyle="", label=kind)
-        axes.legend(fontsize=7, frameon=False)
+        axes.set_xlim(left=0)
+        axes.legend(fontsize=7, frameon=False, loc="lower right")
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):
         figure.savefig(path, metadata={"Date": None})
 
