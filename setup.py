@@ -116,7 +116,7 @@ def extensions() -> list:
     }
     cpu = (
         *("ops", "int8", "conv", "block", "block_ops", "nm", "nm_ops"),
-        *("driver", "conv_lines", "few_tokens", "isa"),
+        *("driver", "conv_lines", "depthwise", "few_tokens", "isa"),
     )
     cpu = [f"csrc/cpu/{name}.cpp" for name in cpu]
     found = [CppExtension("sparsekern._C", [*cpu, "csrc/host/module.cpp"], **common)]

@@ -235,7 +235,7 @@ def _decide(job: _Job, candidate: Candidate) -> None:
     if obstacle:
         candidate.reason = obstacle
         return
-    if candidate.sparsity < WORTH_TIMING:
+    if candidate.sparsity < WORTH_TIMING and not (job.mode == "inference" and site.is_depthwise):
         candidate.reason = f"only {candidate.sparsity:.0%} zeros"
         return
     candidate.pattern = str(detect(site.weight if candidate.mask is None else candidate.mask))

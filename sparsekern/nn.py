@@ -302,10 +302,19 @@ class SparseConv2d(_SparseLayer):
         )  # fmt: skip
         return _dense_twin(self, conv, self.weight.to_dense().detach())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Y = act(conv2d(x, W) + b)."""
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        """Y = act(conv2d(x, W) + b + residual).
+
+        Args:
+            x: `(n, in, h, w)` or `(in, h, w)`.
+            residual: Of the shape of y; what a block of a residual network adds.
+            activation: Instead of that of the layer.
+        """
         if x.dim() == 3:
-            return self.forward(x.unsqueeze(0)).squeeze(0)
+            batch = None if residual is None else residual.unsqueeze(0)
+            return self.forward(x.unsqueeze(0), batch, activation).squeeze(0)
         if x.dim() == 4 and x.shape[1] != self.in_channels:
             raise RuntimeError(
                 f"SparseConv2d: expected x with {self.in_channels} channels, got {x.shape[1]}"
@@ -316,9 +325,12 @@ class SparseConv2d(_SparseLayer):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = nn.functional.pad(x, self._pads, mode)
             padding = (0, 0)
+        if residual is not None and residual.dtype != x.dtype:  # under autocast
+            residual = residual.to(x.dtype)
         y = self.weight.conv2d(
-            x, self.bias, _pair(self.stride), padding, _pair(self.dilation), self.activation
-        )
+            x, self.bias, _pair(self.stride), padding, _pair(self.dilation),
+            self.activation if activation is None else activation, residual,
+        )  # fmt: skip
         return y if dtype is None else y.to(dtype)
 
     def extra_repr(self) -> str:

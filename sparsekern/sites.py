@@ -48,6 +48,12 @@ class Site:
         mask = mask_beside(self.module)
         return mask.t() if mask is not None and self.kind == "Conv1D" else mask
 
+    @property
+    def is_depthwise(self) -> bool:
+        """A convolution of groups of one input channel: its kernel wins without any zeros."""
+        conv = self.module
+        return self.kind == "Conv2d" and conv.groups == conv.in_channels and conv.groups > 1
+
     def put(self, module: nn.Module) -> None:
         """Hang `module` where the layer was."""
         for parent, attribute in self.places:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .ops._library import row_of_each
 from .ops.block import block_linear, block_plan, blocks_to_dense, dense_to_blocks, split_blocks
 from .ops.block_conv import block_conv2d
-from .ops.conv import csr_conv2d
+from .ops.conv import add_residual, csr_conv2d
 from .ops.csr import csr_linear, csr_plan
 from .ops.nm import nm_linear, nm_plan, nm_to_dense, pack_index, slot_columns
 from .ops.nm_conv import nm_conv2d
@@ -74,10 +74,10 @@ class CSRWeight(SparseWeight):
         """act(x W^T + b) for x `(..., in)`; bias `(out,)`."""
         return csr_linear(x, *self._arguments(bias), activation)
 
-    def conv2d(self, x, bias, stride, padding, dilation, activation: str) -> Tensor:
-        """act(conv2d(x, W) + b) for x `(n, in, h, w)`; result contiguous `(n, out, oh, ow)`."""
+    def conv2d(self, x, bias, stride, padding, dilation, activation: str, residual=None) -> Tensor:
+        """act(conv2d(x, W) + b + residual), x `(n, in, h, w)`; contiguous `(n, out, oh, ow)`."""
         geometry = (self.shape[2:], stride, padding, dilation, self.groups)
-        return csr_conv2d(x, *self._arguments(bias), *geometry, activation)
+        return csr_conv2d(x, *self._arguments(bias), *geometry, activation, residual)
 
     def _arguments(self, bias):
         # Straight from the dicts: an attribute of a module costs 0.4 us, a small layer 5 us.
@@ -168,10 +168,13 @@ class BlockWeight(SparseWeight):
         """act(x W^T + b) for x `(..., in)`; bias `(out,)`."""
         return block_linear(x, *self._arguments(bias), activation)
 
-    def conv2d(self, x, bias, stride, padding, dilation, activation: str) -> Tensor:
-        """act(conv2d(x, W) + b) for x `(n, in, h, w)`; result contiguous `(n, out, oh, ow)`."""
+    def conv2d(self, x, bias, stride, padding, dilation, activation: str, residual=None) -> Tensor:
+        """act(conv2d(x, W) + b + residual), x `(n, in, h, w)`; contiguous `(n, out, oh, ow)`."""
         geometry = (self.shape[2:], stride, padding, dilation, self.groups)
-        return block_conv2d(x, *self._arguments(bias), *geometry, activation)
+        if residual is None:
+            return block_conv2d(x, *self._arguments(bias), *geometry, activation)
+        y = block_conv2d(x, *self._arguments(bias), *geometry, "none")
+        return add_residual("block_conv2d", y, residual, activation)
 
     def _arguments(self, bias):
         b = self._buffers
@@ -253,10 +256,13 @@ class NMWeight(SparseWeight):
         """act(x W^T + b) for x `(..., in)`; bias `(out,)`."""
         return nm_linear(x, *self._arguments(bias), activation)
 
-    def conv2d(self, x, bias, stride, padding, dilation, activation: str) -> Tensor:
-        """act(conv2d(x, W) + b) for x `(n, in, h, w)`; result contiguous `(n, out, oh, ow)`."""
+    def conv2d(self, x, bias, stride, padding, dilation, activation: str, residual=None) -> Tensor:
+        """act(conv2d(x, W) + b + residual), x `(n, in, h, w)`; contiguous `(n, out, oh, ow)`."""
         geometry = (self.shape[2:], stride, padding, dilation, self.groups)
-        return nm_conv2d(x, *self._arguments(bias), *geometry, activation)
+        if residual is None:
+            return nm_conv2d(x, *self._arguments(bias), *geometry, activation)
+        y = nm_conv2d(x, *self._arguments(bias), *geometry, "none")
+        return add_residual("nm_conv2d", y, residual, activation)
 
     def take(self, other: "NMWeight") -> None:
         """As for every weight; N and M are taken over, too."""

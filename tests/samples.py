@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsekern.ops.block import split_blocks
+from sparsekern.ops.conv import output_size
 from sparsekern.ops.nm import pack_index
 
 
@@ -141,7 +142,7 @@ def _other_conv(n, c, size, out, kernel, block=None, nm=None, sparsity=0.5, *, s
 
 
 def _conv(n, c, size, out, kernel, sparsity, *, stride=1, padding=0, dilation=1, groups=1,
-          bias=True, act="none", plan=True):  # fmt: skip
+          bias=True, act="none", plan=True, residual=False):  # fmt: skip
     def pair(v):
         return [v, v] if isinstance(v, int) else list(v)
 
@@ -156,14 +157,19 @@ def _conv(n, c, size, out, kernel, sparsity, *, stride=1, padding=0, dilation=1,
         if plan:
             args = (crow, col, cols, groups, taps)
             plans = tuple(torch.ops.sparsekern.csr_plan(*args, t) for t in (False, True))
-        geometry = (pair(kernel), pair(stride), pair(padding), pair(dilation), groups)
-        return x, values.to(dtype), crow, col, b, *plans, *geometry, act
+        geometry = tuple(map(pair, (kernel, stride, padding, dilation)))
+        more = ()
+        if residual:
+            shape = (n, out, *output_size(x.shape[2:], *geometry))
+            more = (torch.randn(shape, dtype=torch.float64).to(dtype),)
+        return x, values.to(dtype), crow, col, b, *plans, *geometry, groups, act, *more
 
     name = (
         f"N{n}-C{c}-O{out}-{size}-k{kernel}-s{stride}-p{padding}-d{dilation}-g{groups}-{sparsity}"
-        f"-{act}{'' if bias else '-nobias'}{'' if plan else '-noplan'}"
+        f"-{act}{'' if bias else '-nobias'}{'' if plan else '-noplan'}{'-residual' * residual}"
     ).replace(" ", "")
-    return Sample(name, build, 9 * c // groups, (0, 1, 4) if bias else (0, 1))
+    grads = (0, 1, *((4,) if bias else ()), *((13,) if residual else ()))
+    return Sample(name, build, 9 * c // groups, grads)
 
 
 def _few(rows, cols, sparsity, **options):
@@ -225,6 +231,19 @@ CONV = [
     _conv(2, 64, 16, 24, 1, 0.8, act="relu"),
     _conv(1, 33, (8, 18), 9, 1, 0.7, act="gelu_tanh"),
     _conv(1, 20, (28, 56), 40, 1, 0.8, stride=2),
+    # a residual, added where rows are stored at once, from sums, and from lines
+    _conv(1, 24, (16, 16), 20, 1, 0.5, residual=True),
+    _conv(3, 12, (7, 5), 30, 3, 0.3, padding=1, act="relu6", residual=True),
+    _conv(2, 16, 16, 9, 3, 0.8, padding=1, act="relu", residual=True),
+    _conv(1, 16, (9, 29), 9, 3, 0.8, padding=1, act="gelu", residual=True, bias=False),
+    # depthwise: all taps of a kernel of 3 or 5 straight from the image, others from a padded plane
+    _conv(2, 6, (9, 7), 6, 3, 0.0, padding=1, groups=6, act="relu6"),
+    _conv(1, 5, (37, 50), 10, 3, 0.0, stride=2, padding=1, groups=5, residual=True, act="relu"),
+    _conv(1, 4, (35, 18), 4, 5, 0.0, padding=2, groups=4, act="gelu", bias=False),
+    _conv(1, 3, (40, 39), 3, 5, 0.0, stride=2, padding=(3, 0), groups=3, plan=False),
+    _conv(2, 4, (20, 33), 8, 3, 0.4, padding=1, groups=4, act="gelu_tanh", residual=True),
+    _conv(1, 3, (16, 40), 3, (3, 5), 0.2, stride=(1, 2), padding=(1, 4), dilation=2, groups=3),
+    _conv(1, 3, (2, 3), 3, 3, 0.0, padding=4, groups=3),
 ]
 
 BLOCK = [

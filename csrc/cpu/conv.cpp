@@ -7,6 +7,13 @@
 namespace sparsekern {
 namespace {
 
+// y = act(y + residual)
+void finish_double(const std::optional<Tensor>& residual, Activation act, const Tensor& y) {
+  const double* from = double_or_null(residual);
+  double* to = y.mutable_data_ptr<double>();
+  for (int64_t i = 0; i < y.numel(); ++i) to[i] = activate_reference(to[i] + from[i], act);
+}
+
 void spmm_double(const Conv& c, Reference r, const int32_t* crow, const int32_t* col,
                  const double* values, const double* bias, Activation act, const Sink& sink,
                  double* out) {
@@ -37,7 +44,7 @@ Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& crow,
                       const std::optional<Tensor>&, const std::vector<int64_t> kernel,
                       const std::vector<int64_t> stride, const std::vector<int64_t> padding,
                       const std::vector<int64_t> dilation, int64_t groups,
-                      const std::string& activation) {
+                      const std::string& activation, const std::optional<Tensor>& residual) {
   const std::string op = "csr_conv2d";
   const Conv c =
       conv_of_input(op, x, csr_rows(op, crow), {kernel, stride, padding, dilation, groups});
@@ -45,17 +52,27 @@ Tensor csr_conv2d_cpu(const Tensor& x, const Tensor& values, const Tensor& crow,
   const Activation act = parse_activation(op, activation);
   const Pattern p = check_conv_pattern(op, crow, col, values.numel(), c);
   const std::optional<Tensor> b = check_bias(op, bias, x, p.rows, "out_channels");
+  const std::optional<Tensor> more = check_residual(op, residual, x, c);
   const PlanHolder holder = get_plan(op, p, plan);
   const ScalarType type = compute_type(x);
   const Tensor xc = as_contiguous(x, type), vc = as_contiguous(values, type);
   const Tensor y = empty_tensor(c.out_shape(), type);
   if (type == ScalarType::Double) {
     spmm_double(c, make_reference(c, xc.const_data_ptr<double>(), false), p.crow_data(),
-                p.col_data(), vc.const_data_ptr<double>(), double_or_null(b), act,
+                p.col_data(), vc.const_data_ptr<double>(), double_or_null(b), more ? kNone : act,
                 c.out_sink(nullptr), y.mutable_data_ptr<double>());
+    if (more) finish_double(more, act, y);
     return y;
   }
-  run_forward(c, holder.view, {vc.const_data_ptr<float>(), nullptr, data_or_null(b), act}, xc, y);
+  Operands o{vc.const_data_ptr<float>(), nullptr, data_or_null(b), act};
+  o.residual = data_or_null(more);
+  if (is_depthwise(c)) {
+    o.sink = c.out_sink(y.mutable_data_ptr<float>());
+    validate(op, p);
+    run_depthwise(c, p, o, xc.const_data_ptr<float>());
+  } else {
+    run_forward(c, holder.view, o, xc, y);
+  }
   return to_dtype(y, x.scalar_type());
 }
 

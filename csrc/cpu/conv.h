@@ -214,6 +214,27 @@ inline void run_backward(const Conv& c, const PlanView& plan, Operands o, const 
            c.backward_y(), c.backward_x());
 }
 
+// Groups of one input channel, which have a kernel of their own.
+bool is_depthwise(const Conv& c);
+
+// As run_forward, for x (images, channels, height, width) and a pattern that was validated.
+void run_depthwise(const Conv& c, const Pattern& p, const Operands& operands, const float* x);
+
+// What is added to the result before the activation: of its shape, contiguous in the type that is
+// computed in.
+inline std::optional<Tensor> check_residual(const std::string& op,
+                                            const std::optional<Tensor>& residual, const Tensor& x,
+                                            const Conv& c) {
+  if (!residual) return std::nullopt;
+  check_operand(op, "residual", *residual, x);
+  check_dim(op, "residual", *residual, 4);
+  const std::vector<int64_t> shape = c.out_shape();
+  for (int64_t i = 0; i < 4; ++i)
+    check_size(op, "residual.size(" + std::to_string(i) + ") = that of the result",
+               residual->size(i), shape[i]);
+  return as_contiguous(*residual, compute_type(x));
+}
+
 // float64 by plain loops, group by group. `backward` walks from the output to the input.
 struct Reference {
   std::vector<Tap> tap_y, tap_x;

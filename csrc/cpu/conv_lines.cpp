@@ -63,7 +63,9 @@ void run_strip(const LineConv& c, const Strip& s) {
   a.channel_lines = l.channel_lines, a.taps = taps;
   a.row_block_begin = s.group * blocks, a.row_block_end = (s.group + 1) * blocks;
   a.n_lines = s.rows * l.pitch, a.pitch = l.pitch, a.out_w = l.out_w;
-  a.out = c.o.sink.data + s.image * c.o.sink.stride * pixels + s.row0 * l.out_w;
+  const int64_t at = s.image * c.o.sink.stride * pixels + s.row0 * l.out_w;
+  a.out = c.o.sink.data + at;
+  a.residual = c.o.residual ? c.o.residual + at : nullptr;
   a.pixels = pixels, a.vectors = panel_vectors(), a.sums = scratch;
   kernels().spmm_lines(a);
 }

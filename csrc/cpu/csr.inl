@@ -44,7 +44,8 @@ struct RowSums {
   int64_t out_stride;
   Activation activation;  // of those that go to `out`: none, relu or relu6
   bool stream;
-  const LineOut* lines;  // null: vectors follow each other in `out`
+  const LineOut* lines;   // null: vectors follow each other in `out`
+  const float* residual;  // laid out as `out`, or null
 };
 
 template <int R>
@@ -56,6 +57,11 @@ SK_INLINE void start_row(const RowSums& c, int64_t row, Vec* acc) {
     const float* p = c.sums + (row - c.row0) * R * Vec::N;
     for (int j = 0; j < R; ++j) acc[j] = Vec::load(p + j * Vec::N);
   }
+}
+
+SK_INLINE Vec load_line(const float* row, const LineOut& lines, int64_t j) {
+  if (lines.lanes[j] == Vec::N) return Vec::load(row + lines.at[j]);
+  return Vec::load(row + lines.at[j], lines.lanes[j]);
 }
 
 SK_INLINE void store_line(Vec v, float* row, const LineOut& lines, int64_t j) {
@@ -72,9 +78,15 @@ SK_INLINE void finish_row(const RowSums& c, int64_t row, int64_t panel, int64_t 
     for (int j = 0; j < R; ++j) acc[j].store(p + j * Vec::N);
     return;
   }
-  float* p = c.out + (row - c.row0) * c.out_stride;
+  const int64_t at = (row - c.row0) * c.out_stride;
+  float* p = c.out + at;
   for (int j = 0; j < R; ++j) {
     Vec v = acc[j];
+    if (c.residual) {
+      const float* from = c.residual + at;
+      v = v +
+          (c.lines ? load_line(from, *c.lines, first + j) : Vec::load(from + (first + j) * Vec::N));
+    }
     if (c.activation != kNone) v = max(Vec::set(0.f), v);
     if (c.activation == kRelu6) v = min(Vec::set(6.f), v);
     float* to = p + (first + j) * Vec::N;
@@ -216,8 +228,29 @@ SK_INLINE void store_image(const Sink& s, const float* sums, int64_t row0, int64
   }
 }
 
+// Adds the residual to sums that store_image will store.
+template <int R>
+SK_INLINE void add_residual(const Sink& s, const float* residual, float* sums, int64_t row0,
+                            int64_t rows, int64_t t0, int64_t n) {
+  constexpr int64_t P = R * Vec::N;
+  for (int64_t t = 0; t < n;) {
+    const int64_t image = (t0 + t) / s.pixels, pixel = (t0 + t) % s.pixels;
+    const int64_t stretch = n - t < s.pixels - pixel ? n - t : s.pixels - pixel;
+    const float* from = residual + (image * s.stride + s.row_offset + row0) * s.pixels + pixel;
+    for (int64_t r = 0; r < rows; ++r, from += s.pixels) {
+      float* sum = sums + r * P + t;
+      for (int64_t i = 0; i < stretch; i += Vec::N) {
+        const int64_t lanes = stretch - i < Vec::N ? stretch - i : Vec::N;
+        (Vec::load(sum + i, lanes) + Vec::load(from + i, lanes)).store(sum + i, lanes);
+      }
+    }
+    t += stretch;
+  }
+}
+
 template <int R>
 void store_rows(const SpmmArgs& a, float* sums, int64_t row0, int64_t rows, int64_t t0, int64_t n) {
+  if (a.residual) add_residual<R>(a.sink, a.residual, sums, row0, rows, t0, n);
   if (a.activation != kNone)
     for (int64_t i = 0; i < rows * R * Vec::N; i += Vec::N)
       activate(Vec::load(sums + i), a.activation).store(sums + i);
@@ -233,7 +266,9 @@ SK_INLINE void set_direct_out(const SpmmArgs& a, int64_t row0, int64_t t0, int64
   const Sink& s = a.sink;
   if (s.token_major || t1 - t0 != P || t0 % s.pixels + P > s.pixels) return;
   if (a.activation == kGelu || a.activation == kGeluTanh) return;
-  c->out = s.data + (t0 / s.pixels * s.stride + s.row_offset + row0) * s.pixels + t0 % s.pixels;
+  const int64_t at = (t0 / s.pixels * s.stride + s.row_offset + row0) * s.pixels + t0 % s.pixels;
+  c->out = s.data + at;
+  c->residual = a.residual ? a.residual + at : nullptr;
   c->out_stride = s.pixels;
   c->activation = a.activation;
   c->stream = can_stream(s, c->out);
@@ -248,7 +283,7 @@ void spmm_panel(const SpmmArgs& a, int64_t t0, int64_t t1) {
   float* sums = a.scratch + (keep ? plan.n_col_blocks : 1) * plan.col_block * P;
   for (int64_t b = a.row_block_begin; b < a.row_block_end; ++b) {
     const int64_t row0 = plan.row_start[b], rows = plan.row_start[b + 1] - row0;
-    RowSums c{sums, row0, a.bias, true, nullptr, 0, kNone, false, nullptr};
+    RowSums c{sums, row0, a.bias, true, nullptr, 0, kNone, false, nullptr, nullptr};
     for (int64_t k = 0; k < plan.n_col_blocks; ++k) {
       float* panel = a.scratch + (keep ? k * plan.col_block * P : 0);
       const int64_t c0 = k * plan.col_block;

@@ -75,7 +75,7 @@ Pattern check_pattern(const std::string& op, const Tensor& crow, const Tensor& c
   return {packed(crow), packed(col), rows, cols, nnz, groups, taps};
 }
 
-static void validate(const std::string& op, const Pattern& p) {
+void validate(const std::string& op, const Pattern& p) {
   check_csr(p.crow_data(), p.col_data(), p.rows, p.cols, p.nnz,
             [&](const std::string& wanted, const std::string& have) { fail(op, wanted, have); });
 }
@@ -261,8 +261,8 @@ static void run_panels(const PlanView& plan, const Operands& o, const float* pac
   Sink sink = o.sink;
   sink.stream = !sink.token_major && o.tokens * sink.stride >= kStreamFloats;
   for_each_task(s, o, [&](const Task& t) {
-    SpmmArgs a{plan,        o.values,  packed,        o.bias,      o.activation, t.source, sink,
-               t.row_begin, t.row_end, t.token_begin, t.token_end, vectors,      nullptr};
+    SpmmArgs a{plan, o.values,    packed,    o.bias,        o.activation, o.residual, t.source,
+               sink, t.row_begin, t.row_end, t.token_begin, t.token_end,  vectors,    nullptr};
     a.scratch = thread_scratch(kTaskScratch, spmm_scratch(plan, a.vectors * kernels().width));
     spmm(a);
   });

@@ -33,6 +33,9 @@ Tensor plan_tensor(const std::vector<int32_t>& words);
 Pattern check_pattern(const std::string& op, const Tensor& crow, const Tensor& col, int64_t nnz,
                       int64_t cols, int64_t groups = 1, int64_t taps = 1);
 
+// Looks at every index.
+void validate(const std::string& op, const Pattern& p);
+
 // Rows of a CSR pattern.
 int64_t csr_rows(const std::string& op, const Tensor& crow);
 
@@ -92,6 +95,7 @@ struct Operands {
   int64_t channels_per_group;  // of the source, when it is an image
   const int8_t* quantized;     // takes the place of `values` where `scales` is set,
   const float* scales;         // one per row
+  const float* residual;       // laid out as sink.data, which is an image; or null
 };
 
 // The values in the order in which the kernel reads them, in scratch of the calling thread.

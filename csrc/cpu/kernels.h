@@ -138,8 +138,27 @@ struct LineArgs {
   int64_t n_lines, pitch, out_w;  // of the strip; lines and floats of a row
   float* out;                     // first row of the strip, of row 0 of the matrix
   int64_t pixels;                 // floats between two rows of the matrix
+  const float* residual;          // laid out as `out`, added before the activation; or null
   int64_t vectors;                // lines per panel
   float* sums;                    // (rows of a block, n_lines) lines
+};
+
+// A depthwise convolution: one channel of one image, and the rows of the matrix that read it. The
+// channel is padded into a plane, see planes.h, where it cannot be read as it lies.
+struct DepthwiseArgs {
+  PlaneArgs plane;
+  // 3 or 5: a square kernel of this size, not dilated, of equal strides 1 or 2; 0: any other
+  int64_t square;
+  const int64_t* tap_offset;  // (taps,)
+  int64_t pitch, out_h, out_w;
+  int64_t rows;
+  const int32_t* crow;  // of the first of these rows
+  const int32_t* col;   // tap of each value
+  const float* values;
+  const float* bias;  // of the first row, or null
+  Activation activation;
+  float* out;             // (rows, out_h, out_w)
+  const float* residual;  // the same, added before the activation; or null
 };
 
 struct SpmmArgs {
@@ -148,6 +167,7 @@ struct SpmmArgs {
   const float* packed;  // (nnz,) in the order of the runs, made by pack; or null
   const float* bias;    // (rows,) or null
   Activation activation;
+  const float* residual;  // laid out as sink.data, added before the activation; or null
   Source source;
   Sink sink;
   int64_t row_block_begin, row_block_end;
@@ -315,6 +335,7 @@ struct Kernels {
   void (*spmm_lines)(const LineArgs&);
   // Pads one channel of one image and splits it into phases, see planes.h.
   void (*fill_plane)(const PlaneArgs&);
+  void (*depthwise)(const DepthwiseArgs&);
   // y[t, r] = act(sum_k values[r, k] * x[t, k] + bias[r]) for rows [row_begin, row_end), few tokens
   void (*spmv)(const SpmvArgs&);
   double bitmap_density;  // share of stored weights from which on spmv runs faster from a bitmap

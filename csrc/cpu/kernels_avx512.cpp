@@ -5,6 +5,7 @@
 #include "planes.inl"
 #include "csr.inl"
 #include "lines.inl"
+#include "depthwise.inl"
 #include "int8.inl"
 #include "sddmm.inl"
 #include "spmv.inl"
@@ -13,7 +14,7 @@
 
 namespace sparsekern {
 const Kernels kernels_avx512 = {
-    "avx512",   Vec::N,      8,          kSddmmVectors, pack,      unpack,      spmm,
-    sddmm,      fill_panel,  spmm_lines, fill_plane,    spmv,      0.18,        block_spmm,
-    block_spmv, block_sddmm, nm_spmm,    nm_spmv,       pack_int8, spread_int8, nullptr};
+    "avx512",    Vec::N,     8,          kSddmmVectors, pack,        unpack, spmm,       sddmm,
+    fill_panel,  spmm_lines, fill_plane, depthwise,     spmv,        0.18,   block_spmm, block_spmv,
+    block_sddmm, nm_spmm,    nm_spmv,    pack_int8,     spread_int8, nullptr};
 }  // namespace sparsekern

@@ -4,6 +4,7 @@
 #include "planes.inl"
 #include "csr.inl"
 #include "lines.inl"
+#include "depthwise.inl"
 #include "int8.inl"
 #include "sddmm.inl"
 #include "spmv.inl"
@@ -12,7 +13,7 @@
 
 namespace sparsekern {
 const Kernels kernels_scalar = {
-    "scalar",   Vec::N,      4,          kSddmmVectors, pack,      unpack,      spmm,
-    sddmm,      fill_panel,  spmm_lines, fill_plane,    spmv,      2,           block_spmm,
-    block_spmv, block_sddmm, nm_spmm,    nm_spmv,       pack_int8, spread_int8, nullptr};
+    "scalar",    Vec::N,     4,          kSddmmVectors, pack,        unpack, spmm,       sddmm,
+    fill_panel,  spmm_lines, fill_plane, depthwise,     spmv,        2,      block_spmm, block_spmv,
+    block_sddmm, nm_spmm,    nm_spmv,    pack_int8,     spread_int8, nullptr};
 }  // namespace sparsekern

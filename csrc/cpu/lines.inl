@@ -64,15 +64,19 @@ void line_panel(const LineArgs& a, int64_t b, int64_t k, int64_t line0, const fl
   const bool direct = a.activation != kGelu && a.activation != kGeluTanh;
   const LineOut lines = last ? line_out<R>(a, line0) : LineOut{};
   float *sums = a.sums + line0 * rows * Vec::N, *out = a.out + row0 * a.pixels;
+  const float* residual = a.residual ? a.residual + row0 * a.pixels : nullptr;
   run_block<R, Vec::N>(plan.runs + plan.run_start[g], plan.runs + plan.run_start[g + 1],
                        plan.n_tiles[g], {nullptr, a.packed + first, a.lines + first},
                        source + line0 * Vec::N,
                        {sums, row0, a.bias, k == 0, last && direct ? out : nullptr, a.pixels,
-                        a.activation, false, &lines});
+                        a.activation, false, &lines, residual});
   if (!last || direct) return;
-  for (int64_t r = 0; r < rows; ++r, sums += R * Vec::N, out += a.pixels)
-    for (int j = 0; j < R; ++j)
-      store_line(activate(Vec::load(sums + j * Vec::N), a.activation), out, lines, j);
+  for (int64_t r = 0; r < rows; ++r, sums += R * Vec::N)
+    for (int j = 0; j < R; ++j) {
+      Vec v = Vec::load(sums + j * Vec::N);
+      if (residual) v = v + load_line(residual + r * a.pixels, lines, j);
+      store_line(activate(v, a.activation), out + r * a.pixels, lines, j);
+    }
 }
 
 // The channels of a block of columns, copied where the image does not serve as it lies.

@@ -114,10 +114,10 @@ def activation_backward(grad, activation: str, output, pre_activation):
     return grad
 
 
-def save_for_gradients(ctx, parts, output) -> None:
+def save_for_gradients(ctx, parts, output, residual=None) -> None:
     """Save what the gradients will ask for and nothing else; `ctx.activation` must be set.
 
-    `parts`: x, values, the index tensors of the format, bias, plan, plan_t.
+    `parts`: x, values, the index tensors of the format, bias, plan, plan_t. A residual comes last.
     """
     x, values, *index, bias, plan, plan_t = parts
     needs_x, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
@@ -130,6 +130,7 @@ def save_for_gradients(ctx, parts, output) -> None:
         plan,
         plan_t,
         output if ctx.activation in FROM_OUTPUT else None,
+        *(() if residual is None else (residual if recompute else None,)),
     )
 
 

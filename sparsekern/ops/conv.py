@@ -2,7 +2,8 @@
 
 Shapes: x (n, in, h, w), the weight (out, in / groups, kh, kw) as the CSR of its (out, in / groups *
 kh * kw) matrix: values (nnz,), crow (out + 1,) int32, col (nnz,) int32; bias (out,). The result is
-contiguous (n, out, oh, ow). Stride, padding, dilation and groups as nn.Conv2d defines them.
+contiguous (n, out, oh, ow). Stride, padding, dilation and groups as nn.Conv2d defines them. A
+residual of the shape of the result is added before the activation.
 """
 
 import torch
@@ -31,9 +32,28 @@ def output_size(size, kernel_size, stride, padding, dilation):
     )
 
 
-def dense_conv(op, x, weight, bias, geometry, activation):
+def check_residual(op, y, residual) -> None:
+    """Refuse a residual that is not of the shape of the result."""
+    torch._check(
+        residual.shape == y.shape,
+        lambda: (
+            f"{op}: expected residual of the shape of the result, {tuple(y.shape)}, "
+            f"got {tuple(residual.shape)}"
+        ),
+    )
+
+
+def add_residual(op, y, residual, activation):
+    """act(y + residual): what formats do whose kernels do not add it themselves."""
+    check_residual(op, y, residual)
+    return activate(y + residual, activation, op)
+
+
+def dense_conv(op, x, weight, bias, geometry, activation, residual=None):
     """The reference of every format: geometry is (stride, padding, dilation, groups)."""
     y = torch.nn.functional.conv2d(x, weight, bias, *geometry)
+    if residual is not None:
+        return add_residual(op, y, residual, activation).contiguous()
     return activate(y, activation, op).contiguous()
 
 
@@ -51,23 +71,27 @@ def _dense_weight(op, values, crow, col, in_channels, kernel_size, groups):
 
 def _conv_reference(
     x, values, crow, col, bias, plan, plan_t,
-    kernel_size, stride, padding, dilation, groups, activation="none",
+    kernel_size, stride, padding, dilation, groups, activation="none", residual=None,
 ):  # fmt: skip
     weight = _dense_weight(CONV, values, crow, col, x.shape[1], kernel_size, groups)
-    return dense_conv(CONV, x, weight, bias, (stride, padding, dilation, groups), activation)
+    geometry = (stride, padding, dilation, groups)
+    return dense_conv(CONV, x, weight, bias, geometry, activation, residual)
 
 
 def _conv_fake(
     x, values, crow, col, bias, plan, plan_t,
-    kernel_size, stride, padding, dilation, groups, activation="none",
+    kernel_size, stride, padding, dilation, groups, activation="none", residual=None,
 ):  # fmt: skip
     geometry = (kernel_size, stride, padding, dilation)
-    return empty_conv(CONV, x, values, crow.shape[0] - 1, geometry)
+    y = empty_conv(CONV, x, values, crow.shape[0] - 1, geometry)
+    if residual is not None:
+        check_residual(CONV, y, residual)
+    return y
 
 
 csr_conv2d = define(
     "csr_conv2d(Tensor x, Tensor values, Tensor crow, Tensor col, Tensor? bias, Tensor? plan, "
-    f'Tensor? plan_t, {GEOMETRY}, str activation="none") -> Tensor',
+    f'Tensor? plan_t, {GEOMETRY}, str activation="none", Tensor? residual=None) -> Tensor',
     _conv_reference,
     _conv_fake,
 )
@@ -117,16 +141,17 @@ csr_conv2d_grad_values = define(
 
 
 def _setup_context(ctx, inputs, output):
-    *ctx.geometry, ctx.activation = inputs[7:]
+    *ctx.geometry, ctx.activation, residual = inputs[7:]
     ctx.input_size = inputs[0].shape[1:]
-    save_for_gradients(ctx, inputs[:7], output)
+    save_for_gradients(ctx, inputs[:7], output, residual)
 
 
 def _backward(ctx, grad):
-    x, values, crow, col, bias, plan, plan_t, output = ctx.saved_tensors
+    x, values, crow, col, bias, plan, plan_t, output, *rest = ctx.saved_tensors
 
     def pre_activation():
-        return csr_conv2d(x, values, crow, col, bias, plan, None, *ctx.geometry, "none")
+        parts = (x, values, crow, col, bias, plan, None)
+        return csr_conv2d(*parts, *ctx.geometry, "none", *rest)
 
     grad = activation_backward(grad, ctx.activation, output, pre_activation)
     needs = ctx.needs_input_grad
@@ -140,7 +165,9 @@ def _backward(ctx, grad):
         grad_values = csr_conv2d_grad_values(grad, x, crow, col, plans, *ctx.geometry)
     if needs[4]:
         grad_bias = grad.sum((0, 2, 3))
-    return grad_x, grad_values, None, None, grad_bias, *[None] * 8
+    # Trailing arguments that have their defaults are not counted.
+    grad_residual = grad if len(needs) > 13 and needs[13] else None
+    return grad_x, grad_values, None, None, grad_bias, *[None] * 8, grad_residual
 
 
 torch.library.register_autograd("sparsekern::csr_conv2d", _backward, setup_context=_setup_context)

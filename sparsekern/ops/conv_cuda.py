@@ -163,6 +163,17 @@ def _csr_conv(
     return finish(y, None, activation, op).contiguous()
 
 
+def _csr_conv_residual(*args):
+    """csr_conv2d as it is called: activation and residual may be there or not."""
+    parts, (activation, residual) = (
+        args[:12],
+        (*args[12:], None)[:2] if args[12:] else ("none", None),
+    )
+    if residual is None:
+        return _csr_conv(*parts, activation)
+    return conv.add_residual(conv.CONV, _csr_conv(*parts), residual, activation)
+
+
 def _rows(crow, col):
     """Row of each value, without reading the counts back."""
     at = torch.arange(col.numel(), device=col.device, dtype=crow.dtype)
@@ -203,5 +214,5 @@ def _expanded(values, index, channels, n, m, taps):
 CUDA.impl("block_conv2d", _block_conv)
 CUDA.impl("block_conv2d_grad_input", _block_conv_grad_input)
 CUDA.impl("block_conv2d_grad_values", _block_conv_grad_values)
-CUDA.impl("csr_conv2d", _csr_conv)
+CUDA.impl("csr_conv2d", _csr_conv_residual)
 CUDA.impl("nm_conv2d", _nm_conv)
