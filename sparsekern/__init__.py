@@ -4,9 +4,9 @@ from . import patterns
 from ._load import available_isas, cpu_isa
 from .conversion import ConversionReport, LayerReport, report
 from .convert import convert_to_sparse
+from .dense import to_dense
 from .doctor import doctor
 from .fold import fold_batchnorm
-from .fuse import to_dense
 from .measure import Comparison, compare
 from .nn import SparseConv2d, SparseLinear
 from .prune import (

@@ -58,6 +58,7 @@ class ConversionReport:
         folded: Names of the normalisations folded into the layer before them.
         fused: Names of the activations that sparse layers compute now.
         pools: Names of the max pools that run by way of channels_last.
+        residuals: Names of the blocks whose residual sums convolutions add.
         fusion_error: Largest difference that folding, fusing and sparse layers together make to the
             outputs of the whole model, relative to the largest output. None when nothing was folded
             or fused, or the outputs hold no tensor.
@@ -73,6 +74,7 @@ class ConversionReport:
     folded: list[str] = field(default_factory=list)
     fused: list[str] = field(default_factory=list)
     pools: list[str] = field(default_factory=list)
+    residuals: list[str] = field(default_factory=list)
     fusion_error: float | None = None
     reverted: bool = False
     notes: list[str] = field(default_factory=list)
@@ -118,6 +120,9 @@ class ConversionReport:
             lines.append(f"{len(self.fused)} activations fused: {', '.join(self.fused)}")
         if self.pools:
             lines.append(f"{len(self.pools)} max pools in channels_last: {', '.join(self.pools)}")
+        if self.residuals:
+            blocks = ", ".join(self.residuals)
+            lines.append(f"{len(self.residuals)} blocks add residuals in convolutions: {blocks}")
         if lines and self.fusion_error is not None:
             lines.append(f"outputs of the whole model within {self.fusion_error:.1e} of before")
         return lines

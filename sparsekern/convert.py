@@ -27,6 +27,7 @@ from .nn import SparseConv2d, SparseLinear
 from .patterns import detect
 from .pool import ChannelsLastMaxPool2d, faster_pools
 from .progress import track
+from .residual import FusedBlock, residual_sums
 from .sites import find_sites, group_tied
 from .tune import (
     MIN_GAIN,
@@ -67,7 +68,9 @@ def convert_to_sparse(
     ReLU, ReLU6 and GELU modules go into the sparse layers whose output they read, where a run shows
     that nothing else reads it (see `fold_batchnorm`); the outputs of the whole model are compared.
     Max pools run by way of channels_last where that is faster. The modules become an nn.Identity;
-    `to_dense` brings activations back, a folded model stays folded.
+    `to_dense` brings activations back, a folded model stays folded. Blocks whose forward can be
+    traced (torch.fx) get one in which convolutions add the residual, and compute the activation
+    behind the sum. Depthwise convolutions are timed whatever their zeros.
 
     For training nothing is folded, only ReLU is fused (its gradient needs no more than its output),
     and max pools are chosen by forward and backward together. The example inputs run in the mode
@@ -144,6 +147,8 @@ def _convert(job: _Job, candidates: list[Candidate], progress: bool | None) -> n
         _decide_all(job, candidates, progress)
         taken = [c for c in candidates if c.take]
         converted = swap(job.model, taken)
+        if taken and job.fuse and job.mode == "inference" and _on_cpu(taken):
+            taken[0].fused += residual_sums(converted, job.inputs)
         if taken and job.inputs is not None:
             converted = _confirm(job, converted, taken, result)
     except BaseException:  # Ctrl-C too: the model goes back as it came
@@ -213,7 +218,7 @@ def _decide_all(job: _Job, candidates: list[Candidate], progress: bool | None) -
         _decide(job, candidate)
     job.tuning.save()
     taken = [c for c in candidates if c.take]
-    if taken and job.fuse and taken[0].sites[0].module.weight.device.type == "cpu":
+    if taken and job.fuse and _on_cpu(taken):
         taken[0].fused = faster_pools(
             job.model, job.specs, job.budget_s, training=job.mode == "training"
         )
@@ -225,6 +230,10 @@ def _decide_all(job: _Job, candidates: list[Candidate], progress: bool | None) -
         twin.activation = final.get(module, "none")
     if taken:
         taken[0].fused += job.activations.places({m: twins[m] for m in final})
+
+
+def _on_cpu(taken: list[Candidate]) -> bool:
+    return taken[0].sites[0].module.weight.device.type == "cpu"
 
 
 def _decide(job: _Job, candidate: Candidate) -> None:
@@ -387,6 +396,8 @@ def _describe(result: ConversionReport, job: _Job, candidates: list[Candidate]) 
         result.folded = job.folds.names
         for slot, stand_in in (pair for c in taken for pair in c.fused):
             pool = isinstance(stand_in, ChannelsLastMaxPool2d)
-            (result.pools if pool else result.fused).append(slot.name)
+            block = isinstance(stand_in, FusedBlock)
+            names = result.pools if pool else result.residuals if block else result.fused
+            names.append(slot.name)
         if job.folds.reason:
             result.notes.append(job.folds.reason)

@@ -118,9 +118,10 @@ def test_conv_arguments():
     x = torch.randn(1, 2, 5, 5)
     one, none = [1, 1], [0, 0]
 
-    def conv(x=x, kernel=(3, 3), stride=one, padding=none, dilation=one, groups=1, bias=None):
+    def conv(x=x, kernel=(3, 3), stride=one, padding=none, dilation=one, groups=1, bias=None,
+             residual=None):  # fmt: skip
         geometry = [list(a) for a in (kernel, stride, padding, dilation)]
-        return csr_conv2d(x, v, r, c, bias, None, None, *geometry, groups)
+        return csr_conv2d(x, v, r, c, bias, None, None, *geometry, groups, "none", residual)
 
     assert conv().shape == (1, 4, 3, 3)
     refuses("csr_conv2d: expected x with 4 dimensions, got shape", lambda: conv(x[0]))
@@ -134,6 +135,10 @@ def test_conv_arguments():
     large = "an input at least as large as the kernel, got input size 5 with kernel_size 7"
     refuses(large, lambda: conv(kernel=[7, 7]))
     refuses(r"bias.size\(0\) = out_channels = 4, got 2", lambda: conv(bias=torch.zeros(2)))
+    result = r"residual.size\(1\) = that of the result = 4, got 2"
+    refuses(result, lambda: conv(residual=torch.zeros(1, 2, 3, 3)))
+    refuses("residual with 4 dimensions, got", lambda: conv(residual=torch.zeros(4, 3, 3)))
+    refuses("residual of the dtype of x", lambda: conv(residual=torch.zeros(1, 4, 3, 3).double()))
     refuses("stay in", lambda: conv(kernel=[2, 2]))
     geometry = ([3, 3], one, none, one, 1)
     g = torch.randn(1, 4, 4, 4)
