@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .candidate import Candidate, eval_mode, rows, swap, swap_back, time_model
+from .candidate import Candidate, record_inputs, rows, swap, swap_back, time_model
 from .conversion import REPORT, ConversionReport, report
 from .device import cold_bytes, format_fault
 from .fuse import (
@@ -21,17 +21,16 @@ from .fuse import (
     check_agreement,
     run_once,
 )
-from .measure.structure import check_inputs, forward_call
+from .measure.structure import check_inputs
 from .measure.timer import synchronize
 from .nn import SparseConv2d, SparseLinear
 from .patterns import detect
 from .pool import ChannelsLastMaxPool2d, faster_pools
 from .progress import track
 from .residual import FusedBlock, residual_sums
-from .sites import find_sites, group_tied
+from .sites import Site, find_sites, group_tied
 from .tune import (
     MIN_GAIN,
-    InputSpec,
     TuningCache,
     WrongResult,
     layer_key,
@@ -184,31 +183,9 @@ def _check(model, mode: str, min_gain: float) -> list[Candidate]:
     return [Candidate(group) for group in group_tied(sites)]
 
 
-def _record_inputs(job: _Job, candidates) -> dict[int, Counter] | None:
-    """How often each layer saw which input, by id of the layer."""
-    if job.inputs is None:
-        return None
-    specs: dict[int, Counter] = {}
-
-    def remember(module, args, kwargs):
-        x = args[0] if args else next(iter(kwargs.values()))
-        specs.setdefault(id(module), Counter())[InputSpec.of(x)] += 1
-
-    modules = [s.module for c in candidates for s in c.sites if not s.obstacle]
-    modules += [m for m in job.model.modules() if type(m) is nn.MaxPool2d]
-    hooks = [m.register_forward_pre_hook(remember, with_kwargs=True) for m in modules]
-    try:
-        with eval_mode(job.model), torch.inference_mode():
-            forward_call(job.model, job.inputs)()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return specs
-
-
 def _decide_all(job: _Job, candidates: list[Candidate], progress: bool | None) -> None:
     """Choose for every candidate, build the sparse twins, settle which activations they take."""
-    job.specs = _record_inputs(job, candidates)
+    job.specs = None if job.inputs is None else record_inputs(job.model, candidates, job.inputs)
     able = {s.module for c in candidates for s in c.sites if not s.obstacle}
     if job.fuse:
         kinds = FUSABLE if job.mode == "inference" else TRAINABLE
@@ -232,6 +209,12 @@ def _decide_all(job: _Job, candidates: list[Candidate], progress: bool | None) -
         taken[0].fused += job.activations.places({m: twins[m] for m in final})
 
 
+def _wins_dense(job: _Job, site: Site) -> bool:
+    """Whether a layer may win without zeros: our kernel for depthwise convolutions does."""
+    timed = job.mode == "inference" and job.specs is not None
+    return timed and site.is_depthwise and site.module.weight.device.type == "cpu"
+
+
 def _on_cpu(taken: list[Candidate]) -> bool:
     return taken[0].sites[0].module.weight.device.type == "cpu"
 
@@ -244,7 +227,7 @@ def _decide(job: _Job, candidate: Candidate) -> None:
     if obstacle:
         candidate.reason = obstacle
         return
-    if candidate.sparsity < WORTH_TIMING and not (job.mode == "inference" and site.is_depthwise):
+    if candidate.sparsity < WORTH_TIMING and not _wins_dense(job, site):
         candidate.reason = f"only {candidate.sparsity:.0%} zeros"
         return
     candidate.pattern = str(detect(site.weight if candidate.mask is None else candidate.mask))

@@ -50,7 +50,7 @@ class Site:
 
     @property
     def is_depthwise(self) -> bool:
-        """A convolution of groups of one input channel: its kernel wins without any zeros."""
+        """A convolution of groups of one input channel."""
         conv = self.module
         return self.kind == "Conv2d" and conv.groups == conv.in_channels and conv.groups > 1
 

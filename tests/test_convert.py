@@ -78,6 +78,24 @@ def test_a_dense_model_is_not_even_timed():
     assert report.layers[0].reason == "only 0% zeros" and report.layers[0].dense_ms is None
 
 
+def test_depthwise_layers_are_timed_whatever_their_zeros(monkeypatch):
+    forced(monkeypatch)
+
+    def depthwise():
+        return nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 4, 1)).eval()
+
+    model, x = depthwise(), torch.randn(1, 8, 6, 6)
+    want = model(x)
+    sk.convert_to_sparse(model, x)
+    assert [row.format for row in sk.report(model).layers] == ["csr", "dense"]
+    torch.testing.assert_close(model(x), want)
+    for inputs, mode in ((None, "inference"), (x, "training")):
+        model = depthwise()
+        sk.convert_to_sparse(model, inputs, mode=mode)
+        assert sk.report(model).n_sparse == 0
+        assert "only 0% zeros" in sk.report(model).layers[0].reason
+
+
 def test_reverts_when_the_whole_model_lost(monkeypatch):
     forced(monkeypatch, model=lambda *a: (1.0, 1.2, 0.83))
     model, x = wide(), torch.randn(4, 512)
