@@ -87,7 +87,7 @@ def conv_channels_last(p: Problem) -> Call:
 def onednn_conv_prepacked(p: Problem) -> Call:
     """oneDNN with the weight packed once for this input, channels_last, as torch.compile does."""
     stride, padding = [p.case.stride] * 2, [p.case.kernel // 2] * 2
-    geometry = (padding, stride, [1, 1], 1)
+    geometry = (padding, stride, [1, 1], p.case.groups)
     x = p.x.contiguous(memory_format=torch.channels_last)
     packed = torch.ops.mkldnn._reorder_convolution_weight(p.weight, *geometry, list(x.shape))
     op = torch.ops.mkldnn._convolution_pointwise
@@ -247,7 +247,7 @@ def engine_sides(
     """
     job = {"kind": p.case.kind, "threads": torch.get_num_threads(), "training": p.case.training}
     if p.case.kind == "conv":
-        job.update(stride=p.case.stride, padding=p.case.kernel // 2)
+        job.update(stride=p.case.stride, padding=p.case.kernel // 2, groups=p.case.groups)
     arrays = {"x": p.x, "weight": p.weight, "bias": p.bias}
     if p.case.training:
         arrays["grad"] = p.grad

@@ -57,7 +57,10 @@ class Linear:
 
 @dataclass(frozen=True)
 class Conv:
-    """2-d convolution of square images, padding kernel // 2; `size` is that of the input."""
+    """2-d convolution of square images, padding kernel // 2; `size` is that of the input.
+
+    With groups each of them has one input channel: a depthwise convolution.
+    """
 
     batch: int
     in_channels: int
@@ -66,16 +69,18 @@ class Conv:
     kernel: int
     stride: int = 1
     training: bool = False
+    groups: int = 1
 
     kind = "conv"
 
     @property
     def name(self) -> str:
-        """`conv3x3 128-128@28 b1`: in, out, height = width of the input, batch."""
+        """`conv3x3 128-128@28 b1`: in, out, height = width of the input, batch; `depthwise3x3`."""
         stride = f" s{self.stride}" if self.stride > 1 else ""
         sizes = f"{self.in_channels}-{self.out_channels}@{self.size}{stride} b{self.batch}"
         prefix = "training " if self.training else ""
-        return f"{prefix}conv{self.kernel}x{self.kernel} {sizes}"
+        kind = "conv" if self.groups == 1 else "depthwise"
+        return f"{prefix}{kind}{self.kernel}x{self.kernel} {sizes}"
 
     @property
     def tokens(self) -> int:
@@ -91,17 +96,18 @@ class Conv:
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Shape of the dense weight."""
-        return (self.out_channels, self.in_channels, self.kernel, self.kernel)
+        return (self.out_channels, self.in_channels // self.groups, self.kernel, self.kernel)
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """The layer by torch's own function."""
-        return F.conv2d(x, weight, bias, self.stride, self.kernel // 2)
+        padding = self.kernel // 2
+        return F.conv2d(x, weight, bias, self.stride, padding, groups=self.groups)
 
     def layer(self) -> nn.Module:
         """The dense layer, without data."""
         return nn.Conv2d(
             self.in_channels, self.out_channels, self.kernel, self.stride, self.kernel // 2,
-            device="meta",
+            groups=self.groups, device="meta",
         )  # fmt: skip
 
 
@@ -143,6 +149,9 @@ MOBILENET_1X1 = (
     (16, 96, 112), (96, 24, 56), (144, 24, 56), (192, 32, 28), (384, 64, 14), (576, 96, 14),
     (960, 160, 7),
 )  # fmt: skip
+DEPTHWISE = (  # MobileNetV2: channels, size, stride
+    (32, 112, 1), (96, 112, 2), (144, 56, 1), (192, 28, 1), (384, 14, 1), (576, 14, 2), (960, 7, 1),
+)  # fmt: skip
 TAILS = (15, 16, 17, 100, 128, 197)
 ODD = ((1023, 1025), (1025, 1023), (1000, 513), (513, 1000))
 
@@ -158,6 +167,11 @@ _conv3x3 = tuple(
     for batch in (1, 8)
 )
 _conv1x1 = tuple(Conv(batch, *shape, 1) for shape in RESNET_1X1 + MOBILENET_1X1 for batch in (1, 8))
+_depthwise = tuple(
+    Conv(batch, channels, channels, size, 3, stride, groups=channels)
+    for channels, size, stride in DEPTHWISE
+    for batch in (1, 8)
+)
 _decode = (Linear(11008, 4096, 1), Linear(4096, 11008, 1), Linear(1024, 1024, 1))
 _training = (
     Linear(1024, 1024, 512, training=True),
@@ -187,6 +201,7 @@ SUITES = {
     "linear": Suite(_linear, (("unstructured", WIDE), ("2:4", (0.5,)), *BLOCKS)),
     "conv3x3": Suite(_conv3x3),
     "conv1x1": Suite(_conv1x1),
+    "depthwise": Suite(_depthwise, (("unstructured", (0.0,)),)),
     "decode": Suite(_decode),
     "training": Suite(_training),
     "tails": Suite(_tails, (("unstructured", (0.9,)),)),

@@ -31,6 +31,7 @@ class Job:
         model: The ONNX file; None for a layer.
         stride: Of a convolution, both directions.
         padding: Of a convolution, all sides.
+        groups: Of a convolution.
         training: Whether to run forward and backward; SparseProp only.
     """
 
@@ -40,6 +41,7 @@ class Job:
     model: str | None = None
     stride: int = 1
     padding: int = 0
+    groups: int = 1
     training: bool = False
 
     def inputs(self) -> list[np.ndarray]:
@@ -103,6 +105,8 @@ def sparseprop(job: Job) -> tuple[Callable[[], object], str]:
     tensors = {name: torch.from_numpy(array) for name, array in job.arrays.items()}
     if job.kind == "linear":
         return _sparseprop_call(job, tensors), "0.1.14"
+    if job.kind == "conv" and job.groups > 1:
+        raise ValueError(f"sparseprop: expected a convolution without groups, got {job.groups}")
     if job.kind == "conv":
         calls = [_sparseprop_call(job, tensors, over_on) for over_on in (False, True)]
         return min(calls, key=_quick_time), "0.1.14"
@@ -169,7 +173,8 @@ def write_layer(job: Job, path: Path) -> None:
     else:
         size = list(job.arrays["weight"].shape[2:])
         node = helper.make_node("Conv", ["x", "weight", "bias"], ["y"], kernel_shape=size,
-                                strides=[job.stride] * 2, pads=[job.padding] * 4)  # fmt: skip
+                                strides=[job.stride] * 2, pads=[job.padding] * 4,
+                                group=job.groups)  # fmt: skip
 
     def value(name: str, shape: list[int]):
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)

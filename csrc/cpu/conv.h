@@ -217,7 +217,7 @@ inline void run_backward(const Conv& c, const PlanView& plan, Operands o, const 
 // Groups of one input channel, which have a kernel of their own.
 bool is_depthwise(const Conv& c);
 
-// As run_forward, for x (images, channels, height, width) and a pattern that was validated.
+// As run_forward, for x (images, channels, height, width) and a pattern that has a plan.
 void run_depthwise(const Conv& c, const Pattern& p, const Operands& operands, const float* x);
 
 // What is added to the result before the activation: of its shape, contiguous in the type that is

@@ -18,6 +18,7 @@ void run_depthwise(const Conv& c, const Pattern& p, const Operands& o, const flo
   const Axis ay = c.forward_y(), ax = c.forward_x();
   const PlaneLayout layout = plane_layout(ay, ax);
   const PlaneAxis py = plane_axis(ay), px = plane_axis(ax);
+  const int32_t *crow = p.crow_data(), *col = p.col_data();
   const int64_t rows = c.out_per_group(), pixels = c.out_h * c.out_w;
   const int64_t work = std::max<int64_t>(1, p.nnz * pixels / std::max<int64_t>(1, c.groups));
   const int64_t grain = std::max<int64_t>(1, kSerialWork / work);
@@ -33,8 +34,8 @@ void run_depthwise(const Conv& c, const Pattern& p, const Operands& o, const flo
                            c.out_h,
                            c.out_w,
                            rows,
-                           p.crow_data() + row,
-                           p.col_data(),
+                           crow + row,
+                           col,
                            o.values,
                            o.bias ? o.bias + row : nullptr,
                            o.activation,

@@ -17,9 +17,12 @@ SK_INLINE Bounds bounds_of(Activation a) {
   return {Vec::set(relu ? 0.f : -__builtin_inff()), Vec::set(a == kRelu6 ? 6.f : __builtin_inff())};
 }
 
+// A vector is stored whole where only `lanes` of it belong to the row: the others land where the
+// next rows start, and are written again by those. So rows are walked from their ends, and `end` is
+// that of the last one.
 SK_INLINE void store_depthwise(const DepthwiseArgs& a, const Bounds& b, Vec v, int64_t to,
-                               int64_t lanes) {
-  const bool whole = lanes >= Vec::N;
+                               int64_t lanes, int64_t end) {
+  const bool whole = lanes >= Vec::N || to + Vec::N <= end;
   if (a.residual) v = v + (whole ? Vec::load(a.residual + to) : Vec::load(a.residual + to, lanes));
   v = min(b.high, max(b.low, v));
   if (whole) v.store(a.out + to);
@@ -82,17 +85,18 @@ SK_INLINE void depthwise_tile(const DepthwiseArgs& a, const Bounds& bounds, int6
         if (i >= u * S && i < u * S + K) acc[u] = fma(w[(i - u * S) * K + k], t, acc[u]);
     }
   }
-  const int64_t to = (row * a.out_h + y) * a.out_w + x;
+  const int64_t to = (row * a.out_h + y) * a.out_w + x, end = (row + 1) * a.out_h * a.out_w;
 #pragma GCC unroll 4
-  for (int u = 0; u < U; ++u) store_depthwise(a, bounds, acc[u], to + u * a.out_w, a.out_w - x);
+  for (int u = 0; u < U; ++u)
+    store_depthwise(a, bounds, acc[u], to + u * a.out_w, a.out_w - x, end);
 }
 
-// Along the rows, in which the image lies in memory.
+// Along the rows, in which the image lies in memory, from their ends.
 template <int K, int S, int U, bool Rows>
 void depthwise_rows(const DepthwiseArgs& a, int64_t row, int64_t y) {
   const PlaneAxis& px = a.plane.x;
   const Bounds bounds = bounds_of(a.activation);
-  for (int64_t x = 0; x < a.out_w; x += Vec::N) {
+  for (int64_t x = (a.out_w - 1) / Vec::N * Vec::N; x >= 0; x -= Vec::N) {
     const int64_t from = x * S - px.pad;
     const bool inside = from >= 0 && from + K - 1 + S * Vec::N <= px.size;
     inside ? depthwise_tile<K, S, U, true, Rows>(a, bounds, row, y, x)
@@ -135,7 +139,7 @@ SK_INLINE void depthwise_vectors(const DepthwiseArgs& a, int64_t row, int64_t* y
     for (int j = 0; j < R; ++j) acc[j] = fma(w, Vec::load(plane + from[j]), acc[j]);
   }
   const Bounds bounds = bounds_of(a.activation);
-  for (int j = 0; j < R; ++j) store_depthwise(a, bounds, acc[j], to[j], lanes[j]);
+  for (int j = 0; j < R; ++j) store_depthwise(a, bounds, acc[j], to[j], lanes[j], 0);
 }
 
 void depthwise_plane(const DepthwiseArgs& a, int64_t row) {

@@ -75,7 +75,7 @@ Pattern check_pattern(const std::string& op, const Tensor& crow, const Tensor& c
   return {packed(crow), packed(col), rows, cols, nnz, groups, taps};
 }
 
-void validate(const std::string& op, const Pattern& p) {
+static void validate(const std::string& op, const Pattern& p) {
   check_csr(p.crow_data(), p.col_data(), p.rows, p.cols, p.nnz,
             [&](const std::string& wanted, const std::string& have) { fail(op, wanted, have); });
 }

@@ -33,9 +33,6 @@ Tensor plan_tensor(const std::vector<int32_t>& words);
 Pattern check_pattern(const std::string& op, const Tensor& crow, const Tensor& col, int64_t nnz,
                       int64_t cols, int64_t groups = 1, int64_t taps = 1);
 
-// Looks at every index.
-void validate(const std::string& op, const Pattern& p);
-
 // Rows of a CSR pattern.
 int64_t csr_rows(const std::string& op, const Tensor& crow);
 
