@@ -59,6 +59,8 @@ class ConversionReport:
         fused: Names of the activations that sparse layers compute now.
         pools: Names of the max pools that run by way of channels_last.
         residuals: Names of the blocks whose residual sums convolutions add.
+        part_images: How many images of a batch run at a time, None where whole batches do.
+        part_gain: How many times faster that is than whole batches.
         fusion_error: Largest difference that folding, fusing and sparse layers together make to the
             outputs of the whole model, relative to the largest output. None when nothing was folded
             or fused, or the outputs hold no tensor.
@@ -75,6 +77,8 @@ class ConversionReport:
     fused: list[str] = field(default_factory=list)
     pools: list[str] = field(default_factory=list)
     residuals: list[str] = field(default_factory=list)
+    part_images: int | None = None
+    part_gain: float | None = None
     fusion_error: float | None = None
     reverted: bool = False
     notes: list[str] = field(default_factory=list)
@@ -123,6 +127,9 @@ class ConversionReport:
         if self.residuals:
             blocks = ", ".join(self.residuals)
             lines.append(f"{len(self.residuals)} blocks add residuals in convolutions: {blocks}")
+        if self.part_images:
+            text = f"batches of images run in parts of {self.part_images}"
+            lines.append(f"{text}: {self.part_gain:.2f}x faster than whole")
         if lines and self.fusion_error is not None:
             lines.append(f"outputs of the whole model within {self.fusion_error:.1e} of before")
         return lines

@@ -7,6 +7,7 @@ from torch import nn
 from .chain import slots
 from .conversion import REPORT
 from .fuse import FusedActivation
+from .parts import restore_whole_batches
 from .pool import restore_pools
 from .residual import restore_residuals
 from .sites import find_sparse
@@ -24,6 +25,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     restored = _restore_activations(model)
     restore_pools(model)
     restore_residuals(model)
+    restore_whole_batches(model)
     tied: dict[int, nn.Parameter] = {}
     for site in find_sparse(model):
         dense = site.module.to_dense()
