@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from zoo import Model
 
 import sparsekern as sk
+from sparsekern.parts import InParts
 
 # Largest accepted error, relative to the largest exact output: tens of layers in float32, some by
 # Winograd's transform, each of which may lose a digit against float64.
@@ -110,6 +111,22 @@ def frozen(c: Contest) -> Callable[[], Tensor]:
     return lambda: call(x)
 
 
+def folded_in_parts(c: Contest) -> Callable[[], Tensor]:
+    """As `folded`, one image at a time: activations of a batch leave the caches."""
+    model, x = c.fastest_layout()
+    return partial(InParts(model, 1), x)
+
+
+def frozen_in_parts(c: Contest) -> Callable[[], Tensor]:
+    """As `frozen`, one image at a time."""
+    model, x = c.fastest_layout()
+    images = x.split(1)
+    call = torch.compile(model, dynamic=False, options={"freezing": True})
+    with torch._inductor.config.patch(freezing=True):
+        call(images[0])
+    return lambda: torch.cat([call(image) for image in images])
+
+
 def converted(c: Contest) -> nn.Module:
     """Our model, folded."""
     model = sk.convert_to_sparse(copy.deepcopy(c.folded), c.x, cache=False, progress=False)
@@ -122,6 +139,10 @@ DENSE = {
     FOLDED: folded,
     "torch.compile": compiled,
     "torch.compile freezing": frozen,
+}
+IN_PARTS = {  # of batches of images
+    f"{FOLDED}, image by image": folded_in_parts,
+    "torch.compile freezing, image by image": frozen_in_parts,
 }
 
 
@@ -152,8 +173,9 @@ def sides(
         except Exception as error:
             left_out[name] = first_line(error)
 
-    for name, make in DENSE.items():
-        if name != FOLDED or c.x.dim() == 4:  # text models have nothing to fold
+    images = c.x.dim() == 4
+    for name, make in (DENSE | IN_PARTS if images and c.batch > 1 else DENSE).items():
+        if name != FOLDED or images:  # text models have nothing to fold
             attempt(name, "dense", lambda make=make: make(c))
     if not found:
         raise RuntimeError(f"bench: expected a dense side, got {left_out}")

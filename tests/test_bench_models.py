@@ -79,6 +79,8 @@ def test_a_run_writes_points_and_prints_the_table(tiny, tmp_path, capsys):
     cnn, text = points[0], points[2]
     assert "eager folded channels_last" in cnn["sides"]
     assert "eager folded channels_last" not in text["sides"]
+    assert set(contestants.IN_PARTS) <= set(points[1]["sides"])
+    assert not set(contestants.IN_PARTS) & (set(cnn["sides"]) | set(points[3]["sides"]))
     assert list(cnn["sides"])[-2:] == [contestants.COMPILED, "sparsekern"]
     # The made-up compiler knows no options, but each engine says how to get it.
     assert (
