@@ -199,7 +199,9 @@ LINEAR = [
     *_few(21, 192, 0.4, kind="skewed", act="relu"),
     *_few(37, 131, 0.5, bias=False),
     *_few(18, 211, 0.93, kind="skewed"),
-    _linear(1, 13000, 3, 0.9),  # two blocks of columns
+    _linear(1, 17000, 3, 0.9),  # two blocks of columns
+    _linear(1, 6500, 11, 0.95, kind="skewed", act="relu"),  # x wider than L1: rows side by side
+    _linear(1, 6500, 9, 0.95, bias=False),
     _linear(5, 70000, 2, 0.99, kind="skewed"),  # wider than 16 bits
     _linear(2, 70000, 2, 0.5),
     _linear(33, 211, 18, 0.93),

@@ -6,6 +6,8 @@ namespace {
 
 // Values fetched into L1 this far ahead of use: about 100 ns at the speed of memory.
 constexpr int64_t kFetchAhead = 512;
+constexpr int64_t kColumnStreams = 4;
+constexpr int64_t kNarrow = 6144;  // floats of x that stay in L1 while weights stream through it
 
 // One bit at a time: for rows at the very end of the values, where vectors would read past them,
 // and for machines without an instruction that spreads values over lanes.
@@ -299,6 +301,49 @@ SK_INLINE void add_stretch(const SpmvArgs& a, int64_t r, int64_t b, int64_t widt
   }
 }
 
+// Rows r + u * stretch for u < U side by side, one token: their columns rise together, so that a
+// line of x fetched for one row serves all, and x is swept through L1 once for U rows; and each row
+// is a stream of its own through memory.
+template <int U>
+SK_INLINE void pick_rows(const SpmvArgs& a, int64_t r, int64_t stretch) {
+  const float* v[U];
+  const uint16_t* column[U];
+  int64_t n[U], common = a.cols, i = 0;
+  Four sum[U][2];
+  for (int u = 0; u < U; ++u) {
+    const int64_t first = a.crow[r + u * stretch];
+    n[u] = a.crow[r + u * stretch + 1] - first;
+    v[u] = a.values + first, column[u] = a.index.columns + first;
+    common = n[u] < common ? n[u] : common;
+    sum[u][0] = sum[u][1] = Four::zero();
+  }
+  for (; i + 16 <= common; i += 16) {
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      fetch_stretch(v[u] + i, column[u] + i, 1);
+#pragma GCC unroll 4
+      for (int j = 0; j < 16; j += 4)
+        sum[u][j / 4 % 2] = sum[u][j / 4 % 2].add_product(Four::load(v[u] + i + j),
+                                                          Four::pick(a.x, column[u] + i + j));
+    }
+  }
+  for (int u = 0; u < U; ++u) {
+    int64_t k = i;
+    for (; k + 4 <= n[u]; k += 4)
+      sum[u][0] = sum[u][0].add_product(Four::load(v[u] + k), Four::pick(a.x, column[u] + k));
+    float rest = 0.f;
+    for (; k < n[u]; ++k) rest += v[u][k] * a.x[column[u][k]];
+    a.y[r + u * stretch] = (sum[u][0] + sum[u][1]).sum() + rest;
+  }
+}
+
+void one_token_rows(const SpmvArgs& a) {
+  constexpr int64_t U = kColumnStreams;
+  const int64_t stretch = (a.row_end - a.row_begin) / U;
+  for (int64_t r = a.row_begin; r < a.row_begin + stretch; ++r) pick_rows<U>(a, r, stretch);
+  for (int64_t r = a.row_begin + stretch * U; r < a.row_end; ++r) pick_rows<1>(a, r, 0);
+}
+
 // A few rows at a time, block by block of columns: the block of x stays in L1, and the rows,
 // fetched by the first block, in L2.
 template <int W>
@@ -314,6 +359,7 @@ void column_rows(const SpmvArgs& a) {
 
 void few_tokens(const SpmvArgs& a) {
   if (a.index.kind == kSpmvBitmap) return bitmap_rows(a);
+  if (a.tokens == 1 && a.index.blocks == 1 && a.cols > kNarrow) return one_token_rows(a);
   if (a.tokens == 1) return column_rows<1>(a);
   if (a.tokens <= 4) return column_rows<4>(a);
   if (a.tokens <= 8) return column_rows<8>(a);
