@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -16,6 +17,7 @@ from .measure.structure import forward_call
 from .measure.timer import interleaved, speedup
 from .patterns import Unstructured, detect
 from .sites import Site
+from .tune import InputSpec
 
 
 @dataclass
@@ -87,6 +89,24 @@ def eval_mode(*modules: nn.Module):
     finally:
         for module, training in flags:
             module.training = training
+
+
+def record_inputs(model: nn.Module, inputs, modules: set[nn.Module]) -> dict[int, Counter]:
+    """How often each of some modules saw which input in a run of the model, by id of the module."""
+    specs: dict[int, Counter] = {}
+
+    def remember(module, args, kwargs):
+        x = args[0] if args else next(iter(kwargs.values()))
+        specs.setdefault(id(module), Counter())[InputSpec.of(x)] += 1
+
+    hooks = [m.register_forward_pre_hook(remember, with_kwargs=True) for m in modules]
+    try:
+        with eval_mode(model), torch.inference_mode():
+            forward_call(model, inputs)()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return specs
 
 
 def time_model(model, converted, taken, inputs, mode, budget_s, folds):

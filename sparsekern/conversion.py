@@ -58,6 +58,7 @@ class ConversionReport:
         folded: Names of the normalisations folded into the layer before them.
         fused: Names of the activations that sparse layers compute now.
         pools: Names of the max pools that run by way of channels_last.
+        norms: Names of the batch normalisations that train by an op of ours.
         fusion_error: Largest difference that folding, fusing and sparse layers together make to the
             outputs of the whole model, relative to the largest output. None when nothing was folded
             or fused, or the outputs hold no tensor.
@@ -73,6 +74,7 @@ class ConversionReport:
     folded: list[str] = field(default_factory=list)
     fused: list[str] = field(default_factory=list)
     pools: list[str] = field(default_factory=list)
+    norms: list[str] = field(default_factory=list)
     fusion_error: float | None = None
     reverted: bool = False
     notes: list[str] = field(default_factory=list)
@@ -118,6 +120,8 @@ class ConversionReport:
             lines.append(f"{len(self.fused)} activations fused: {', '.join(self.fused)}")
         if self.pools:
             lines.append(f"{len(self.pools)} max pools in channels_last: {', '.join(self.pools)}")
+        if self.norms:
+            lines.append(f"{len(self.norms)} normalisations by our op: {', '.join(self.norms)}")
         if lines and self.fusion_error is not None:
             lines.append(f"outputs of the whole model within {self.fusion_error:.1e} of before")
         return lines

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .candidate import Candidate, eval_mode, rows, swap, swap_back, time_model
+from .candidate import Candidate, record_inputs, rows, swap, swap_back, time_model
+from .chain import slots
 from .conversion import REPORT, ConversionReport, report
 from .device import cold_bytes, format_fault
 from .fuse import (
@@ -21,16 +22,16 @@ from .fuse import (
     check_agreement,
     run_once,
 )
-from .measure.structure import check_inputs, forward_call
+from .measure.structure import check_inputs
 from .measure.timer import synchronize
 from .nn import SparseConv2d, SparseLinear
+from .norm import ContiguousBatchNorm2d, faster_norms, find_norms
 from .patterns import detect
 from .pool import ChannelsLastMaxPool2d, faster_pools
 from .progress import track
 from .sites import find_sites, group_tied
 from .tune import (
     MIN_GAIN,
-    InputSpec,
     TuningCache,
     WrongResult,
     layer_key,
@@ -70,7 +71,8 @@ def convert_to_sparse(
     `to_dense` brings activations back, a folded model stays folded.
 
     For training nothing is folded, only ReLU is fused (its gradient needs no more than its output),
-    and max pools are chosen by forward and backward together. The example inputs run in the mode
+    max pools are chosen by forward and backward together, and batch normalisations, with the ReLU
+    behind them, run by an op of ours where that is faster. The example inputs run in the mode
     the model is in; statistics of normalisations and random numbers come back as they were. Make
     the optimizer after the conversion: the sparse layers have parameters of their own. A pruned
     layer that stays dense trains its zeros, too; a `Pruner` keeps them where that matters.
@@ -179,52 +181,45 @@ def _check(model, mode: str, min_gain: float) -> list[Candidate]:
     return [Candidate(group) for group in group_tied(sites)]
 
 
-def _record_inputs(job: _Job, candidates) -> dict[int, Counter] | None:
-    """How often each layer saw which input, by id of the layer."""
-    if job.inputs is None:
-        return None
-    specs: dict[int, Counter] = {}
-
-    def remember(module, args, kwargs):
-        x = args[0] if args else next(iter(kwargs.values()))
-        specs.setdefault(id(module), Counter())[InputSpec.of(x)] += 1
-
-    modules = [s.module for c in candidates for s in c.sites if not s.obstacle]
-    modules += [m for m in job.model.modules() if type(m) is nn.MaxPool2d]
-    hooks = [m.register_forward_pre_hook(remember, with_kwargs=True) for m in modules]
-    try:
-        with eval_mode(job.model), torch.inference_mode():
-            forward_call(job.model, job.inputs)()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return specs
-
-
 def _decide_all(job: _Job, candidates: list[Candidate], progress: bool | None) -> None:
     """Choose for every candidate, build the sparse twins, settle which activations they take."""
-    job.specs = _record_inputs(job, candidates)
     able = {s.module for c in candidates for s in c.sites if not s.obstacle}
+    norms = find_norms(job.model) if job.fuse and job.mode == "training" else set()
+    pools = {m for m in job.model.modules() if type(m) is nn.MaxPool2d}
+    if job.inputs is not None:
+        job.specs = record_inputs(job.model, job.inputs, able | norms | pools)
     if job.fuse:
         kinds = FUSABLE if job.mode == "inference" else TRAINABLE
-        job.activations = Activations(job.model, job.inputs, able, kinds)
-        job.planned = job.activations.of_layers(able)
+        job.activations = Activations(job.model, job.inputs, able | norms, kinds)
+        job.planned = job.activations.of_layers(able | norms)
     for candidate in track(candidates, "timing layers", progress):
         _decide(job, candidate)
     job.tuning.save()
     taken = [c for c in candidates if c.take]
-    if taken and job.fuse and taken[0].sites[0].module.weight.device.type == "cpu":
-        taken[0].fused = faster_pools(
-            job.model, job.specs, job.budget_s, training=job.mode == "training"
-        )
+    if taken:
+        _fuse(job, taken, norms)
+
+
+def _fuse(job: _Job, taken: list[Candidate], norms: set[nn.Module]) -> None:
+    """Settle what hangs between the sparse layers: pools, normalisations, activations."""
+    twins = {s.module: t for c in taken for s, t in zip(c.sites, c.sparse, strict=True)}
+    training = job.mode == "training"
+    if job.fuse and taken[0].sites[0].module.weight.device.type == "cpu":
+        taken[0].fused = faster_pools(job.model, job.specs, job.budget_s, training)
+        behind = {
+            norm: (job.activations.module_after(norm), job.planned[norm])
+            for norm in norms.intersection(job.planned)
+        }
+        stand_ins = faster_norms(norms, job.specs, behind, job.budget_s)
+        places = slots(job.model, stand_ins.__contains__)
+        taken[0].fused += [(slot, stand_ins[slot.module]) for slot in places]
+        twins |= stand_ins
     if not job.planned:
         return
-    twins = {s.module: t for c in taken for s, t in zip(c.sites, c.sparse, strict=True)}
     final = job.activations.of_layers(set(twins))
     for module, twin in twins.items():
         twin.activation = final.get(module, "none")
-    if taken:
-        taken[0].fused += job.activations.places({m: twins[m] for m in final})
+    taken[0].fused += job.activations.places({m: twins[m] for m in final})
 
 
 def _decide(job: _Job, candidate: Candidate) -> None:
@@ -386,7 +381,7 @@ def _describe(result: ConversionReport, job: _Job, candidates: list[Candidate]) 
     if taken:
         result.folded = job.folds.names
         for slot, stand_in in (pair for c in taken for pair in c.fused):
-            pool = isinstance(stand_in, ChannelsLastMaxPool2d)
-            (result.pools if pool else result.fused).append(slot.name)
+            kinds = {ChannelsLastMaxPool2d: result.pools, ContiguousBatchNorm2d: result.norms}
+            kinds.get(type(stand_in), result.fused).append(slot.name)
         if job.folds.reason:
             result.notes.append(job.folds.reason)

@@ -12,6 +12,7 @@ from .chain import Links, Slot, is_hooked, slots, trace
 from .conversion import REPORT
 from .fold import FoldedNorm, find_folds, training_part, with_parameters
 from .measure.structure import forward_call, output_error, tensors_of
+from .norm import ContiguousBatchNorm2d, restore_norms
 from .ops._library import activate
 from .pool import restore_pools
 from .sites import find_sparse
@@ -64,6 +65,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     result = model
     restored = _restore_activations(model)
     restore_pools(model)
+    restore_norms(model, restored)
     tied: dict[int, nn.Parameter] = {}
     for site in find_sparse(model):
         dense = site.module.to_dense()
@@ -82,6 +84,7 @@ def to_dense(model: nn.Module) -> nn.Module:
 def _restore_activations(model: nn.Module) -> set[nn.Module]:
     """Put fused activations back; returns the layers that no longer have to compute them."""
     present = {site.module for site in find_sparse(model)}
+    present |= {m for m in model.modules() if isinstance(m, ContiguousBatchNorm2d)}
     places = slots(model, lambda m: isinstance(m, FusedActivation))
     # A layer may serve several places, and a place be served by a layer that is gone: then all of
     # them stay fused, and the dense twin of the layer brings the activation along.
