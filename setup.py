@@ -115,7 +115,7 @@ def extensions() -> list:
         "py_limited_api": True,
     }
     cpu = (
-        *("ops", "int8", "conv", "block", "block_ops", "nm", "nm_ops"),
+        *("ops", "int8", "conv", "block", "block_ops", "nm", "nm_ops", "norm"),
         *("driver", "conv_lines", "depthwise", "few_tokens", "isa"),
     )
     cpu = [f"csrc/cpu/{name}.cpp" for name in cpu]

@@ -16,7 +16,7 @@ from .fuse import FusedActivation
 from .measure.structure import forward_call
 from .measure.timer import interleaved, speedup
 from .patterns import Unstructured, detect
-from .sites import Site
+from .sites import Site, find_sites, group_tied
 from .tune import InputSpec
 
 
@@ -56,6 +56,30 @@ class Candidate:
         self.sparsity = float((~kept).float().mean()) if kept.numel() else 0
 
 
+def find_candidates(model, mode: str, min_gain: float) -> list[Candidate]:
+    """The layers of a model in groups; ValueError for what `convert_to_sparse` refuses."""
+
+    def refuse(wanted, got):
+        raise ValueError(f"convert_to_sparse: expected {wanted}, got {got}")
+
+    if not isinstance(model, nn.Module):
+        refuse("model to be a torch.nn.Module", type(model).__name__)
+    if mode not in ("inference", "training"):
+        refuse("mode to be 'inference' or 'training'", repr(mode))
+    if not min_gain > 0:
+        refuse("min_gain > 0", min_gain)
+    sites = find_sites(model)
+    if not sites:
+        refuse("a model with dense linear or convolution layers", "one with none")
+    devices = {str(s.module.weight.device) for s in sites if isinstance(s.module.weight, Tensor)}
+    if len(devices) > 1:
+        refuse("all layers on one device", ", ".join(sorted(devices)))
+    for site in sites:
+        if not site.obstacle and not bool(torch.isfinite(site.weight).all()):
+            refuse("finite weights", f"NaN or Inf in layer {site.name or '(the model)'!r}")
+    return [Candidate(group) for group in group_tied(sites)]
+
+
 def swap(model: nn.Module, taken: list[Candidate]) -> nn.Module:
     """Hang the sparse layers in; returns the model, or the layer that replaces it."""
     result = model
@@ -91,16 +115,14 @@ def eval_mode(*modules: nn.Module):
             module.training = training
 
 
-def record_inputs(model: nn.Module, candidates: list[Candidate], inputs) -> dict[int, Counter]:
-    """How often each layer, and each max pool, saw which input in a run; by its id."""
+def record_inputs(model: nn.Module, inputs, modules: set[nn.Module]) -> dict[int, Counter]:
+    """How often each of some modules saw which input in a run of the model, by id of the module."""
     specs: dict[int, Counter] = {}
 
     def remember(module, args, kwargs):
         x = args[0] if args else next(iter(kwargs.values()))
         specs.setdefault(id(module), Counter())[InputSpec.of(x)] += 1
 
-    modules = [s.module for c in candidates for s in c.sites if not s.obstacle]
-    modules += [m for m in model.modules() if type(m) is nn.MaxPool2d]
     hooks = [m.register_forward_pre_hook(remember, with_kwargs=True) for m in modules]
     try:
         with eval_mode(model), torch.inference_mode():

@@ -61,6 +61,7 @@ class ConversionReport:
         residuals: Names of the blocks whose residual sums convolutions add.
         part_images: How many images of a batch run at a time, None where whole batches do.
         part_gain: How many times faster that is than whole batches.
+        norms: Names of the batch normalisations that train by an op of ours.
         fusion_error: Largest difference that folding, fusing and sparse layers together make to the
             outputs of the whole model, relative to the largest output. None when nothing was folded
             or fused, or the outputs hold no tensor.
@@ -79,6 +80,7 @@ class ConversionReport:
     residuals: list[str] = field(default_factory=list)
     part_images: int | None = None
     part_gain: float | None = None
+    norms: list[str] = field(default_factory=list)
     fusion_error: float | None = None
     reverted: bool = False
     notes: list[str] = field(default_factory=list)
@@ -130,6 +132,8 @@ class ConversionReport:
         if self.part_images:
             text = f"batches of images run in parts of {self.part_images}"
             lines.append(f"{text}: {self.part_gain:.2f}x faster than whole")
+        if self.norms:
+            lines.append(f"{len(self.norms)} normalisations by our op: {', '.join(self.norms)}")
         if lines and self.fusion_error is not None:
             lines.append(f"outputs of the whole model within {self.fusion_error:.1e} of before")
         return lines

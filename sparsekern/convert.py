@@ -6,10 +6,10 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .candidate import Candidate, record_inputs, rows, swap, swap_back, time_model
+from .candidate import Candidate, find_candidates, record_inputs, rows, swap, swap_back, time_model
+from .chain import slots
 from .conversion import REPORT, ConversionReport, report
 from .device import cold_bytes, format_fault
 from .fuse import (
@@ -24,6 +24,7 @@ from .fuse import (
 from .measure.structure import check_inputs
 from .measure.timer import synchronize
 from .nn import SparseConv2d, SparseLinear
+from .norm import ContiguousBatchNorm2d, faster_norms, find_norms
 from .parts import RootSlot, faster_in_parts
 from .patterns import detect
 from .pool import ChannelsLastMaxPool2d, faster_pools
@@ -74,7 +75,8 @@ def convert_to_sparse(
     parts where that is measured to be faster and gives the same (without gradients, eagerly).
 
     For training nothing is folded, only ReLU is fused (its gradient needs no more than its output),
-    and max pools are chosen by forward and backward together. The example inputs run in the mode
+    max pools are chosen by forward and backward together, and batch normalisations, with the ReLU
+    behind them, run by an op of ours where that is faster. The example inputs run in the mode
     the model is in; statistics of normalisations and random numbers come back as they were. Make
     the optimizer after the conversion: the sparse layers have parameters of their own. A pruned
     layer that stays dense trains its zeros, too; a `Pruner` keeps them where that matters.
@@ -100,7 +102,7 @@ def convert_to_sparse(
         ValueError: unknown mode, no layer to convert, weights on several devices or with NaN. The
             model is then unchanged.
     """
-    candidates = _check(model, mode, min_gain)
+    candidates = find_candidates(model, mode, min_gain)
     if example_inputs is not None:
         check_inputs(example_inputs, "convert_to_sparse")
     device = candidates[0].sites[0].module.weight.device
@@ -116,7 +118,7 @@ def convert_to_sparse(
     except Misread as error:
         note = f"nothing folded or fused: {error}"
     job.folds, job.fuse, job.planned = Folds(), False, {}
-    converted = _convert(job, _check(model, mode, min_gain), progress)
+    converted = _convert(job, find_candidates(model, mode, min_gain), progress)
     report(converted).notes.append(note)
     return converted
 
@@ -169,52 +171,45 @@ def _convert(job: _Job, candidates: list[Candidate], progress: bool | None) -> n
     return converted
 
 
-def _check(model, mode: str, min_gain: float) -> list[Candidate]:
-    def refuse(wanted, got):
-        raise ValueError(f"convert_to_sparse: expected {wanted}, got {got}")
-
-    if not isinstance(model, nn.Module):
-        refuse("model to be a torch.nn.Module", type(model).__name__)
-    if mode not in ("inference", "training"):
-        refuse("mode to be 'inference' or 'training'", repr(mode))
-    if not min_gain > 0:
-        refuse("min_gain > 0", min_gain)
-    sites = find_sites(model)
-    if not sites:
-        refuse("a model with dense linear or convolution layers", "one with none")
-    devices = {str(s.module.weight.device) for s in sites if isinstance(s.module.weight, Tensor)}
-    if len(devices) > 1:
-        refuse("all layers on one device", ", ".join(sorted(devices)))
-    for site in sites:
-        if not site.obstacle and not bool(torch.isfinite(site.weight).all()):
-            refuse("finite weights", f"NaN or Inf in layer {site.name or '(the model)'!r}")
-    return [Candidate(group) for group in group_tied(sites)]
-
-
 def _decide_all(job: _Job, candidates: list[Candidate], progress: bool | None) -> None:
     """Choose for every candidate, build the sparse twins, settle which activations they take."""
-    job.specs = None if job.inputs is None else record_inputs(job.model, candidates, job.inputs)
     able = {s.module for c in candidates for s in c.sites if not s.obstacle}
+    norms = find_norms(job.model) if job.fuse and job.mode == "training" else set()
+    pools = {m for m in job.model.modules() if type(m) is nn.MaxPool2d}
+    if job.inputs is not None:
+        job.specs = record_inputs(job.model, job.inputs, able | norms | pools)
     if job.fuse:
         kinds = FUSABLE if job.mode == "inference" else TRAINABLE
-        job.activations = Activations(job.model, job.inputs, able, kinds)
-        job.planned = job.activations.of_layers(able)
+        job.activations = Activations(job.model, job.inputs, able | norms, kinds)
+        job.planned = job.activations.of_layers(able | norms)
     for candidate in track(candidates, "timing layers", progress):
         _decide(job, candidate)
     job.tuning.save()
     taken = [c for c in candidates if c.take]
-    if taken and job.fuse and _on_cpu(taken):
-        taken[0].fused = faster_pools(
-            job.model, job.specs, job.budget_s, training=job.mode == "training"
-        )
+    if taken:
+        _fuse(job, taken, norms)
+
+
+def _fuse(job: _Job, taken: list[Candidate], norms: set[nn.Module]) -> None:
+    """Settle what hangs between the sparse layers: pools, normalisations, activations."""
+    twins = {s.module: t for c in taken for s, t in zip(c.sites, c.sparse, strict=True)}
+    training = job.mode == "training"
+    if job.fuse and _on_cpu(taken):
+        taken[0].fused = faster_pools(job.model, job.specs, job.budget_s, training)
+        behind = {
+            norm: (job.activations.module_after(norm), job.planned[norm])
+            for norm in norms.intersection(job.planned)
+        }
+        stand_ins = faster_norms(norms, job.specs, behind, job.budget_s)
+        places = slots(job.model, stand_ins.__contains__)
+        taken[0].fused += [(slot, stand_ins[slot.module]) for slot in places]
+        twins |= stand_ins
     if not job.planned:
         return
-    twins = {s.module: t for c in taken for s, t in zip(c.sites, c.sparse, strict=True)}
     final = job.activations.of_layers(set(twins))
     for module, twin in twins.items():
         twin.activation = final.get(module, "none")
-    if taken:
-        taken[0].fused += job.activations.places({m: twins[m] for m in final})
+    taken[0].fused += job.activations.places({m: twins[m] for m in final})
 
 
 def _wins_dense(job: _Job, site: Site) -> bool:
@@ -386,9 +381,11 @@ def _describe(result: ConversionReport, job: _Job, candidates: list[Candidate]) 
     if taken:
         result.folded = job.folds.names
         for slot, stand_in in (pair for c in taken for pair in c.fused):
-            pool = isinstance(stand_in, ChannelsLastMaxPool2d)
-            block = isinstance(stand_in, FusedBlock)
-            names = result.pools if pool else result.residuals if block else result.fused
-            names.append(slot.name)
+            kinds = {
+                ChannelsLastMaxPool2d: result.pools,
+                ContiguousBatchNorm2d: result.norms,
+                FusedBlock: result.residuals,
+            }
+            kinds.get(type(stand_in), result.fused).append(slot.name)
         if job.folds.reason:
             result.notes.append(job.folds.reason)

@@ -7,6 +7,7 @@ from torch import nn
 from .chain import slots
 from .conversion import REPORT
 from .fuse import FusedActivation
+from .norm import ContiguousBatchNorm2d, restore_norms
 from .parts import restore_whole_batches
 from .pool import restore_pools
 from .residual import restore_residuals
@@ -24,6 +25,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     result = model
     restored = _restore_activations(model)
     restore_pools(model)
+    restore_norms(model, restored)
     restore_residuals(model)
     restore_whole_batches(model)
     tied: dict[int, nn.Parameter] = {}
@@ -44,6 +46,7 @@ def to_dense(model: nn.Module) -> nn.Module:
 def _restore_activations(model: nn.Module) -> set[nn.Module]:
     """Put fused activations back; returns the layers that no longer have to compute them."""
     present = {site.module for site in find_sparse(model)}
+    present |= {m for m in model.modules() if isinstance(m, ContiguousBatchNorm2d)}
     places = slots(model, lambda m: isinstance(m, FusedActivation))
     # A layer may serve several places, and a place be served by a layer that is gone: then all of
     # them stay fused, and the dense twin of the layer brings the activation along.

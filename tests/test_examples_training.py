@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = [
     "--seeds", "0", "--sparsities", "0.9", "--patterns", "unstructured", "--masked",
     "unstructured 0.9", "--width", "mlp=64", "cnn=8", "--batch", "mlp=20", "cnn=20", "--train",
-    "mlp=60", "cnn=60", "--epochs", "mlp=2", "cnn=1", "--longer", "mlp=3", "cnn=1",
+    "mlp=60", "cnn=60", "--epochs", "mlp=2", "cnn=1", "--longer", "mlp=3,4", "cnn=",
     "--test", "40", "--contest", "0.01",
 ]  # fmt: skip
 LLAMA = [
@@ -71,11 +71,14 @@ def test_training_runs_resumes_and_is_reported(tmp_path, capsys):
         assert masked["held_bytes"] > dense["held_bytes"] and masked["joules"] > dense["joules"]
     assert records[0]["sides"]["dense"]["steps"] == 6
     assert records[0]["sides"]["sparse unstructured 0.9, 3 epochs"]["steps"] == 9
+    assert records[0]["sides"]["sparse unstructured 0.9, 4 epochs"]["steps"] == 12
     assert len(records[1]["sides"]) == 3
     report, text = script("training/report"), page(tmp_path)
     assert report.main(["--results", str(tmp_path), "--page", str(text)]) == 0
     assert "| sparse unstructured 0.9 |" in text.read_text()
     assert (tmp_path / "training.svg").read_text().count("<svg") == 1
+    held = [*arguments, "--networks", "mlp", "--held-out", "20", "--longer", "mlp="]
+    assert snip.main([*held, "--out", str(tmp_path / "choice.jsonl")]) == 0
     capsys.readouterr()
     assert snip.main([*arguments, "--seeds", "0", "1", "--momentum", "0"]) == 1
     assert "expected settings" in capsys.readouterr().err
@@ -93,7 +96,7 @@ def test_masked_and_sparse_take_the_same_steps(network, pattern):
     images = torch.randn(20, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     batch = images, torch.arange(20) % 10
     dense = lockstep.Side(model, options)
-    masked = lockstep.masked_side(dense, pattern, 0.9, batch)
+    masked = lockstep.masked_side(dense, options, pattern, 0.9, batch)
     sparse = lockstep.sparse_side(model, options, pattern, 0.9, batch)
     for _ in range(4):
         assert sparse.step(*batch) == pytest.approx(masked.step(*batch), rel=1e-4)

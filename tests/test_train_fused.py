@@ -8,7 +8,7 @@ from fuse_common import forced
 from torch import nn
 
 import sparsekern as sk
-from sparsekern import pool
+from sparsekern import norm, pool
 from sparsekern.ops._library import activation_backward
 
 
@@ -34,9 +34,10 @@ def x():
     return torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
-def convert(monkeypatch, model, x, **options):
+def convert(monkeypatch, model, x, norm_gain=0.5, **options):
     forced(monkeypatch)
     monkeypatch.setattr(pool, "_gain", lambda *_: 2.0)
+    monkeypatch.setattr(norm, "_gain", lambda *_: norm_gain)
     return sk.convert_to_sparse(model, x, mode="training", cache=False, **options)
 
 
@@ -48,11 +49,17 @@ def gradients(model, x, seed=1):
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
-def test_same_loss_and_gradients(monkeypatch, x):
+@pytest.mark.parametrize("norm_gain", [0.5, 2.0])
+def test_same_loss_and_gradients(monkeypatch, x, norm_gain):
     dense = network()
-    sparse = convert(monkeypatch, copy.deepcopy(dense), x)
-    assert sk.report(sparse).fused == ["4"] and sk.report(sparse).pools == ["6"]
-    assert sk.report(sparse).folded == []
+    sparse = convert(monkeypatch, copy.deepcopy(dense), x, norm_gain)
+    done = sk.report(sparse)
+    assert done.folded == [] and done.pools == ["6"]
+    if norm_gain > 1:
+        assert sorted(done.fused) == ["2", "4"] and done.norms == ["1"]
+        assert "1 normalisations by our op: 1" in str(done)
+    else:
+        assert done.fused == ["4"] and done.norms == []
     want, wanted = gradients(dense, x)
     got, found = gradients(sparse, x)
     torch.testing.assert_close(got, want)
@@ -63,6 +70,8 @@ def test_same_loss_and_gradients(monkeypatch, x):
             torch.testing.assert_close(grad, layer.weight.gather(full))
         else:
             torch.testing.assert_close(grad, wanted[name])
+    for name, buffer in dense.named_buffers():  # running statistics
+        torch.testing.assert_close(sparse.get_buffer(name), buffer)
 
 
 def test_batch_statistics_mode_and_random_numbers_come_back(monkeypatch, x):
@@ -71,7 +80,7 @@ def test_batch_statistics_mode_and_random_numbers_come_back(monkeypatch, x):
     torch.manual_seed(7)
     want = torch.rand(3)
     torch.manual_seed(7)
-    sparse = convert(monkeypatch, model, x)
+    sparse = convert(monkeypatch, model, x, 2.0)
     assert torch.equal(torch.rand(3), want)
     assert all(module.training for module in sparse.modules())
     for name, buffer in before.items():
@@ -89,13 +98,46 @@ def test_fuse_false_leaves_the_modules(monkeypatch, x):
     assert sk.report(sparse).fused == [] and isinstance(sparse[4], nn.ReLU)
 
 
-def test_there_and_back_keeps_weights_and_modules(monkeypatch, x):
+@pytest.mark.parametrize("norm_gain", [0.5, 2.0])
+def test_there_and_back_keeps_weights_and_modules(monkeypatch, x, norm_gain):
     dense = network()
-    sparse = convert(monkeypatch, copy.deepcopy(dense), x)
+    sparse = convert(monkeypatch, copy.deepcopy(dense), x, norm_gain)
     back = sk.to_dense(sparse)
     assert [type(m) for m in back] == [type(m) for m in dense]
     for name, value in dense.state_dict().items():
         assert torch.equal(back.state_dict()[name], value)
+
+
+def test_a_trained_normalisation_comes_back_as_it_is(monkeypatch, x):
+    model = network()
+    first = model[1]
+    sparse = convert(monkeypatch, model, x, 2.0)
+    assert isinstance(sparse[1], norm.ContiguousBatchNorm2d) and isinstance(sparse[2], nn.Identity)
+    sparse = copy.deepcopy(sparse.double())  # has put other buffers in the place of those shared
+    sparse(x.double())
+    trained = {n: v.clone() for n, v in sparse[1].state_dict().items()}
+    sparse.eval()
+    want = sparse(x.double())
+    back = sk.to_dense(sparse)
+    assert type(back[1]) is nn.BatchNorm2d and type(back[2]) is nn.ReLU and back[1] is not first
+    for name, value in trained.items():
+        assert torch.equal(back[1].state_dict()[name], value)
+    torch.testing.assert_close(back(x.double()), want)
+
+
+def test_a_normalisation_whose_relu_cannot_come_back_brings_one(monkeypatch, x):
+    sparse = convert(monkeypatch, network(), x, 2.0)
+    sparse.eval()
+    want = sparse(x)
+    sparse[2] = nn.Identity()  # what told which module was there is gone
+    back = sk.to_dense(sparse)
+    assert [type(m) for m in back[1]] == [nn.BatchNorm2d, nn.ReLU]
+    torch.testing.assert_close(back(x), want)
+
+
+def test_normalisations_in_channels_last_stay(monkeypatch, x):
+    sparse = convert(monkeypatch, network(), x.contiguous(memory_format=torch.channels_last), 2.0)
+    assert type(sparse[1]) is nn.BatchNorm2d
 
 
 @pytest.mark.parametrize("name", ["relu", "relu6"])

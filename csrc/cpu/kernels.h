@@ -300,6 +300,15 @@ struct NmArgs {
   float* scratch;          // nm_scratch() floats, 64-byte aligned
 };
 
+// One channel of a batch of images: `images` rows of `pixels` floats, `stride` floats apart.
+struct NormArgs {
+  const float *x, *grad;  // grad: of what norm_apply gives, only for norm_grad
+  float* out;
+  int64_t images, pixels, stride;
+  float mean, scale, shift;  // out = act((x - mean) * scale + shift)
+  Activation activation;     // none, relu or relu6
+};
+
 // Products of bfloat16 pairs, summed in float32.
 struct PairKernels {
   int64_t vectors;  // vectors of tokens per panel that run best
@@ -352,6 +361,13 @@ struct Kernels {
   // out[i] = scales[row] * values[i] for the values of `rows` rows, in the order of the CSR matrix
   void (*spread_int8)(const int32_t* crow, const int8_t* values, const float* scales, float* out,
                       int64_t rows);
+  // Batch normalisation of one channel, see norm.inl: out[0] = mean of x, out[1] = its variance,
+  // biased
+  void (*norm_moments)(const NormArgs&, double* out);
+  void (*norm_apply)(const NormArgs&);
+  // The gradient of x, given the reciprocal of the deviation; sums[0] = sum of the gradient before
+  // the activation, sums[1] = its dot product with x - mean
+  void (*norm_grad)(const NormArgs&, double rstd, double* sums);
   const PairKernels* pairs;  // null where the instructions are missing
 };
 

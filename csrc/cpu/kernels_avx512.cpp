@@ -11,10 +11,12 @@
 #include "spmv.inl"
 #include "block.inl"
 #include "nm.inl"
+#include "norm.inl"
 
 namespace sparsekern {
-const Kernels kernels_avx512 = {
-    "avx512",    Vec::N,     8,          kSddmmVectors, pack,        unpack, spmm,       sddmm,
-    fill_panel,  spmm_lines, fill_plane, depthwise,     spmv,        0.18,   block_spmm, block_spmv,
-    block_sddmm, nm_spmm,    nm_spmv,    pack_int8,     spread_int8, nullptr};
+const Kernels kernels_avx512 = {"avx512",    Vec::N,       8,          kSddmmVectors, pack,
+                                unpack,      spmm,         sddmm,      fill_panel,    spmm_lines,
+                                fill_plane,  depthwise,    spmv,       0.18,          block_spmm,
+                                block_spmv,  block_sddmm,  nm_spmm,    nm_spmv,       pack_int8,
+                                spread_int8, norm_moments, norm_apply, norm_grad,     nullptr};
 }  // namespace sparsekern

@@ -10,10 +10,12 @@
 #include "spmv.inl"
 #include "block.inl"
 #include "nm.inl"
+#include "norm.inl"
 
 namespace sparsekern {
 const Kernels kernels_scalar = {
-    "scalar",    Vec::N,     4,          kSddmmVectors, pack,        unpack, spmm,       sddmm,
-    fill_panel,  spmm_lines, fill_plane, depthwise,     spmv,        2,      block_spmm, block_spmv,
-    block_sddmm, nm_spmm,    nm_spmv,    pack_int8,     spread_int8, nullptr};
+    "scalar",     Vec::N,     4,           kSddmmVectors, pack,      unpack,    spmm,
+    sddmm,        fill_panel, spmm_lines,  fill_plane,    depthwise, spmv,      2,
+    block_spmm,   block_spmv, block_sddmm, nm_spmm,       nm_spmv,   pack_int8, spread_int8,
+    norm_moments, norm_apply, norm_grad,   nullptr};
 }  // namespace sparsekern

@@ -63,6 +63,10 @@ SK_INLINE Vec max(Vec a, Vec b) {
 SK_INLINE Vec min(Vec a, Vec b) {
   return {_mm512_min_ps(a.v, b.v)};
 }
+// v where gate > 0, else zero.
+SK_INLINE Vec where_positive(Vec gate, Vec v) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(gate.v, _mm512_setzero_ps(), _CMP_GT_OQ), v.v)};
+}
 SK_INLINE Vec round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)};
 }
@@ -181,6 +185,9 @@ SK_INLINE Vec max(Vec a, Vec b) {
 SK_INLINE Vec min(Vec a, Vec b) {
   return {_mm256_min_ps(a.v, b.v)};
 }
+SK_INLINE Vec where_positive(Vec gate, Vec v) {
+  return {_mm256_and_ps(_mm256_cmp_ps(gate.v, _mm256_setzero_ps(), _CMP_GT_OQ), v.v)};
+}
 SK_INLINE Vec round(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT)};
 }
@@ -282,6 +289,9 @@ SK_INLINE Vec max(Vec a, Vec b) {
 SK_INLINE Vec min(Vec a, Vec b) {
   return map(a, b, [](float x, float y) { return x < y ? x : y; });
 }
+SK_INLINE Vec where_positive(Vec gate, Vec v) {
+  return map(gate, v, [](float g, float x) { return g > 0 ? x : 0; });
+}
 SK_INLINE Vec round(Vec a) {
   return map(a, a, [](float x, float) { return __builtin_rintf(x); });
 }
@@ -375,20 +385,6 @@ SK_INLINE void store_tile(const float* src, int64_t src_stride, int64_t rows, fl
 }
 
 #endif
-
-// exp(x) for x <= 0 to about 1 ulp: 2^n * p(r), r = x - n ln 2, with ln 2 in two parts (Cody and
-// Waite 1980) and the Taylor polynomial of degree 7 on |r| <= ln(2) / 2. Below -87 the result is
-// under the smallest normal number and is clamped to it.
-SK_INLINE Vec exp_negative(Vec x) {
-  x = max(Vec::set(-87.f), x);
-  const Vec n = round(x * Vec::set(1.44269504f));
-  Vec r = fma(n, Vec::set(-0.693359375f), x);
-  r = fma(n, Vec::set(2.12194440e-4f), r);
-  Vec p = Vec::set(1.f / 5040);
-  const float taylor[] = {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f};
-  for (float c : taylor) p = fma(p, r, Vec::set(c));
-  return p * exp2i(n);
-}
 
 }  // namespace
 }  // namespace sparsekern

@@ -1,10 +1,12 @@
 """One network trained dense, masked and sparse: the same first weights, the same batches."""
 
 import copy
+import math
 import time
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,8 @@ class Side:
 
     Attributes:
         model: The network.
-        options: `lr`, `momentum` and `steps`, the number of steps the learning rate falls over.
+        options: `lr`, `momentum`, `steps`, and `warmup`, the share of the steps over which the
+            learning rate rises; then it falls to zero by a cosine.
         last: Whether it takes images in channels_last.
         form: How it is computed.
         pruner: Keeps the masks, None without any.
@@ -55,7 +58,8 @@ class Side:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), options.lr, options.momentum, fused=True
         )
-        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, options.steps)
+        rate = partial(_rate, steps=options.steps, rising=int(options.warmup * options.steps))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
 
     def step(self, images: Tensor, labels: Tensor) -> float:
         """Make one step; returns the loss."""
@@ -104,6 +108,13 @@ class Side:
         }
 
 
+def _rate(step: int, steps: int, rising: int) -> float:
+    """Share of the learning rate at a step: up in a line, down by a cosine."""
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
 def step_energy(model: nn.Module, images: Tensor, masked: bool) -> float | None:
     """Modelled joules of a training step, see `sparsekern.measure.formula_text`.
 
@@ -134,7 +145,7 @@ def dense_side(model: nn.Module, options, batch) -> tuple[Side, dict[str, float]
     return side(best, dense_forms(model)[best]), found
 
 
-def pruning(options, pattern: str, sparsity: float, batch) -> dict:
+def pruning(pattern: str, sparsity: float, batch) -> dict:
     """Arguments of `sk.prune` and `sk.Pruner`: SNIP with one batch."""
     return {
         "method": "snip",
@@ -145,13 +156,12 @@ def pruning(options, pattern: str, sparsity: float, batch) -> dict:
     }
 
 
-def masked_side(like: Side, pattern: str, sparsity: float, batch) -> Side:
-    """The dense network under masks, which a Pruner keeps."""
+def masked_side(like: Side, options, pattern: str, sparsity: float, batch) -> Side:
+    """The dense network `like` under masks, which a Pruner keeps."""
     start = time.perf_counter()
-    side = replace(like, model=copy.deepcopy(like.model), masked=True, wall=[], cpu=[])
-    side.pruner = sk.Pruner(
-        side.model, side.optimizer, **pruning(like.options, pattern, sparsity, batch)
-    )
+    model = copy.deepcopy(like.model)
+    side = replace(like, model=model, options=options, masked=True, wall=[], cpu=[])
+    side.pruner = sk.Pruner(side.model, side.optimizer, **pruning(pattern, sparsity, batch))
     side.made_s = time.perf_counter() - start
     return side
 
@@ -160,7 +170,7 @@ def sparse_side(model: nn.Module, options, pattern: str, sparsity: float, batch)
     """The network converted: sparse layers, forward and both gradients."""
     start = time.perf_counter()
     model = copy.deepcopy(model)
-    sk.prune(model, **pruning(options, pattern, sparsity, batch))
+    sk.prune(model, **pruning(pattern, sparsity, batch))
     model = sk.convert_to_sparse(model, batch[0], mode="training", progress=False)
     layers = sk.report(model).layers
     form = ", ".join(f"{layer.name} {layer.format}" for layer in layers)

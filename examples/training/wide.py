@@ -23,13 +23,13 @@ def mlp(width: int = 2048) -> nn.Sequential:
 def cnn(width: int = 64) -> nn.Sequential:
     """Convolutions 3x3 of width, 2 width and 4 width channels, for images `(N, 1, 28, 28)`.
 
-    Each with batch normalisation and ReLU. The first has stride 2; a max pool lies before the last,
-    whose map is averaged.
+    Each with batch normalisation and ReLU. The first has stride 2 and a max pool behind it; the map
+    of the last is averaged.
     """
     return nn.Sequential(
         *_block(1, width, stride=2),
-        *_block(width, 2 * width),
         nn.MaxPool2d(2),
+        *_block(width, 2 * width),
         *_block(2 * width, 4 * width),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
