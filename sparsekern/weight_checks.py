@@ -93,9 +93,9 @@ def dynamic_obstacle(block_cols: int, cols: int) -> str:
 def check_dynamic(values: Tensor, shape) -> None:
     """Raise ValueError unless int8 blocks `(n_blocks, R, C)` can meet int8 activations.
 
-    For the rest see `check_int8_block`.
+    What `check_int8_block` accepted is taken for granted.
     """
-    obstacle = dynamic_obstacle(values.shape[-1], shape[-1])
+    obstacle = dynamic_obstacle(values.shape[2], shape[1])
     if obstacle:
         raise ValueError(f"DynamicInt8BlockWeight: {obstacle}")
 

@@ -194,8 +194,8 @@ class DynamicInt8BlockWeight(Int8BlockWeight):
     _linear = staticmethod(block_linear_int8_dynamic)
 
     def __init__(self, values, scales, block_crow, block_col, shape, pattern, plans=True):
-        check_dynamic(values, shape)
         super().__init__(values, scales, block_crow, block_col, shape, pattern, plans)
+        check_dynamic(values, shape)
 
     @property
     def product_dtype(self) -> torch.dtype:
@@ -203,8 +203,8 @@ class DynamicInt8BlockWeight(Int8BlockWeight):
         return torch.int8
 
     def _check(self, parts) -> None:
-        check_dynamic(parts["values"], self.shape)
         super()._check(parts)
+        check_dynamic(parts["values"], self.shape)
 
 
 INT8 = {weight.wide: weight for weight in (Int8CSRWeight, Int8BlockWeight)}

@@ -219,6 +219,7 @@ SK_INLINE Lanes<Vec::N> sums_of(const Lanes<Vec::N>* v) {
     return v[0];
   } else {
     Lanes<Vec::N> half[W / 2];
+#pragma GCC unroll 16
     for (int i = 0; i < W / 2; ++i) half[i] = pair_sums(v[2 * i], v[2 * i + 1]);
     return sums_of<W / 2>(half);
   }
@@ -227,7 +228,7 @@ SK_INLINE Lanes<Vec::N> sums_of(const Lanes<Vec::N>* v) {
 // One token, blocks of W words: lanes along the words of as many rows as a vector holds, which
 // reads the blocks as they lie.
 template <int W>
-SK_INLINE void one_token(const DynamicArgs& a, int64_t t) {
+__attribute__((noinline)) void one_token(const DynamicArgs& a, int64_t t) {
   constexpr int64_t N = Vec::N;
   const BlockView& v = a.view;
   const int64_t block = v.block_rows * v.block_cols;
@@ -236,6 +237,7 @@ SK_INLINE void one_token(const DynamicArgs& a, int64_t t) {
     const int64_t rows = v.rows_in(b, b + 1);
     for (int64_t r = 0; r < rows; r += N) {
       Lanes<N> sum[W], shift[W];
+#pragma GCC unroll 16
       for (int i = 0; i < W; ++i) sum[i] = shift[i] = Lanes<N>::set(0);
       for (int64_t i = v.crow[b]; i < v.crow[b + 1]; ++i) {
         const int8_t* values = a.values + i * block + r * v.block_cols;
