@@ -35,7 +35,9 @@ void quantize(const float* x, int64_t n, int32_t* words, int64_t n_words, float*
 }
 
 template <int U>
-struct Width {};
+struct Width {
+  static constexpr int value = U;
+};
 
 // Tokens [t, t + n) as (words, U), beyond n whatever.
 template <int U>
@@ -122,42 +124,40 @@ SK_INLINE void finish(const DynamicArgs& a, Lanes<L> sums, Vec scale, Vec bias, 
 template <int L>
 struct Chunk {
   const int32_t* col;
-  int64_t count, block_words;
-  const int32_t* packed;  // (count, block_words, L)
-  Lanes<L> start;         // takes out what the shift of the activations adds
-  int64_t row, rows;      // of the matrix, up to L
+  const int8_t* values;  // of the first row of the chunk in the first block
+  int64_t count, block_cols, block_size;
+  int64_t filled;     // rows of a block from the first one on, up to L
+  int64_t row, rows;  // of the matrix, up to L
+
+  SK_INLINE int64_t block_words() const { return block_cols / kPerWord; }
+  SK_INLINE void pack(int64_t i, int32_t* out) const {
+    pack_block<L>(values + i * block_size, block_cols, filled, out);
+  }
 };
 
+// Adds what the shift of the activations brings into the sums of a block.
 template <int L>
-SK_INLINE Lanes<L> zero_sums(const int32_t* packed, int64_t words) {
-  if constexpr (kZeroWord == 0) return Lanes<L>::set(0);
-  Lanes<L> even = Lanes<L>::set(0), odd = even;
+SK_INLINE Lanes<L> add_shift(const int32_t* packed, int64_t words, Lanes<L> sum) {
   const Lanes<L> zero = Lanes<L>::set(kZeroWord);
-  int64_t i = 0;
-  for (; i + 2 <= words; i += 2) {
-    even = dot(zero, Lanes<L>::load(packed + i * L), even);
-    odd = dot(zero, Lanes<L>::load(packed + (i + 1) * L), odd);
-  }
-  if (i < words) even = dot(zero, Lanes<L>::load(packed + i * L), even);
-  return Lanes<L>::set(0) - (even + odd);
+  if constexpr (kZeroWord != 0)
+    for (int64_t k = 0; k < words; ++k) sum = dot(zero, Lanes<L>::load(packed + k * L), sum);
+  return sum;
 }
 
-// U tokens from t on, n of them real.
+// Words of a block times U tokens.
 template <int L, int U>
-SK_INLINE void chunk_tile(const DynamicArgs& a, const Chunk<L>& c, const int32_t* tile, Width<U>,
-                          int64_t t, int64_t n) {
-  Lanes<L> acc[U];
-  for (int u = 0; u < U; ++u) acc[u] = c.start;
-  const int32_t* w = c.packed;
-  for (int64_t i = 0; i < c.count; ++i) {
-    const int32_t* x = tile + c.col[i] * c.block_words * U;
-    for (int64_t k = 0; k < c.block_words; ++k, w += L, x += U) {
-      const Lanes<L> wv = Lanes<L>::load(w);
+SK_INLINE void block_products(const int32_t* w, const int32_t* x, int64_t words, Lanes<L>* acc) {
+  for (int64_t k = 0; k < words; ++k, w += L, x += U) {
+    const Lanes<L> wv = Lanes<L>::load(w);
 #pragma GCC unroll 16
-      for (int u = 0; u < U; ++u)
-        acc[u] = dot(Lanes<L>::set(static_cast<uint32_t>(x[u])), wv, acc[u]);
-    }
+    for (int u = 0; u < U; ++u)
+      acc[u] = dot(Lanes<L>::set(static_cast<uint32_t>(x[u])), wv, acc[u]);
   }
+}
+
+template <int L, int U>
+SK_INLINE void finish_tile(const DynamicArgs& a, const Chunk<L>& c, const Lanes<L>* acc, int64_t t,
+                           int64_t n) {
   const Vec scale = Vec::load(a.scales + c.row, c.rows);
   const Vec bias = a.bias ? Vec::load(a.bias + c.row, c.rows) : Vec::set(0.f);
 #pragma GCC unroll 16
@@ -165,6 +165,34 @@ SK_INLINE void chunk_tile(const DynamicArgs& a, const Chunk<L>& c, const int32_t
     if (u >= n) break;
     finish(a, acc[u], scale, bias, t + u, c.row, c.rows);
   }
+}
+
+// U tokens from t on, n of them real; `packed` holds all blocks.
+template <int L, int U>
+SK_INLINE void chunk_tile(const DynamicArgs& a, const Chunk<L>& c, const int32_t* packed,
+                          Lanes<L> start, const int32_t* tile, int64_t t, int64_t n) {
+  const int64_t words = c.block_words();
+  Lanes<L> acc[U];
+  for (int u = 0; u < U; ++u) acc[u] = start;
+  for (int64_t i = 0; i < c.count; ++i)
+    block_products<L, U>(packed + i * words * L, tile + c.col[i] * words * U, words, acc);
+  finish_tile<L, U>(a, c, acc, t, n);
+}
+
+// The only tile of a panel: each block is packed right before it is used, and stays in L1.
+template <int L, int U>
+SK_INLINE void only_tile(const DynamicArgs& a, const Chunk<L>& c, int32_t* packed,
+                         const int32_t* tile, int64_t t, int64_t n) {
+  const int64_t words = c.block_words();
+  Lanes<L> acc[U], shift = Lanes<L>::set(0);
+  for (int u = 0; u < U; ++u) acc[u] = Lanes<L>::set(0);
+  for (int64_t i = 0; i < c.count; ++i) {
+    c.pack(i, packed);
+    shift = add_shift(packed, words, shift);
+    block_products<L, U>(packed, tile + c.col[i] * words * U, words, acc);
+  }
+  for (int u = 0; u < U; ++u) acc[u] = acc[u] - shift;
+  finish_tile<L, U>(a, c, acc, t, n);
 }
 
 // Calls f(Width<U>, token, tokens) for tiles that cover [t, end); the last may be narrower or have
@@ -183,16 +211,25 @@ void chunk_panel(const DynamicArgs& a, int64_t b, int64_t row, int64_t rows, int
                  int64_t t1) {
   const BlockView& v = a.view;
   int32_t* packed = a.scratch + a.panel * a.words;
-  const int64_t count = v.crow[b + 1] - v.crow[b], block_words = v.block_cols / kPerWord;
-  const int64_t left = v.block_rows - row < L ? v.block_rows - row : L;
-  const int8_t* values = a.values + (v.crow[b] * v.block_rows + row) * v.block_cols;
-  for (int64_t i = 0; i < count; ++i, values += v.block_rows * v.block_cols)
-    pack_block<L>(values, v.block_cols, left, packed + i * block_words * L);
   const Chunk<L> c{
-      v.col + v.crow[b], count, block_words, packed, zero_sums<L>(packed, count * block_words),
-      v.row_of(b) + row, rows};
+      v.col + v.crow[b],           a.values + (v.crow[b] * v.block_rows + row) * v.block_cols,
+      v.crow[b + 1] - v.crow[b],   v.block_cols,
+      v.block_rows * v.block_cols, v.block_rows - row < L ? v.block_rows - row : L,
+      v.row_of(b) + row,           rows};
+  if (t1 - t0 <= Vec::N)
+    return for_tiles<Vec::N>(t0, t1, [&](auto width, int64_t t, int64_t n) {
+      only_tile<L, decltype(width)::value>(a, c, packed, a.scratch, t, n);
+    });
+  const int64_t words = c.block_words();
+  Lanes<L> shift = Lanes<L>::set(0);
+  for (int64_t i = 0; i < c.count; ++i) {
+    c.pack(i, packed + i * words * L);
+    shift = add_shift(packed + i * words * L, words, shift);
+  }
+  const Lanes<L> start = Lanes<L>::set(0) - shift;
   for_tiles<Vec::N>(t0, t1, [&](auto width, int64_t t, int64_t n) {
-    chunk_tile(a, c, a.scratch + (t - t0) * a.words, width, t, n);
+    const int32_t* tile = a.scratch + (t - t0) * a.words;
+    chunk_tile<L, decltype(width)::value>(a, c, packed, start, tile, t, n);
   });
 }
 
