@@ -89,6 +89,7 @@ def quantize(
     into int32: faster where the CPU has VNNI, at a larger error, and a token with a NaN or an
     infinity gives NaN in all outputs. Layers that cannot (csr, blocks whose columns are no multiple
     of 4) keep float activations, and the report says so.
+
     Convolutions, dense layers and the format nm are left. Files, state_dict and copies work as
     before. The weights are frozen: a layer in training mode raises, in eval mode gradients reach
     inputs and biases.
@@ -118,13 +119,7 @@ def quantize(
     sites, skipped = _choose(model)
     before = {site.name: site.module.weight for site in sites}
     weight_only = _weight_only(before) if activations == "dynamic" else {}
-    kinds = {
-        name: DynamicInt8BlockWeight
-        if activations == "dynamic" and name not in weight_only
-        else INT8[type(weight)]
-        for name, weight in before.items()
-    }
-    fresh = {id(w): kinds[name].from_weight(w) for name, w in before.items()}
+    fresh = {id(w): _kind(w, activations).from_weight(w) for w in before.values()}
     for site in sites:
         site.module.weight = fresh[id(before[site.name])].train(site.module.training)
     errors = _errors(model, sites, before, example_inputs)
@@ -148,6 +143,11 @@ def _weight_only(weights: dict[str, SparseWeight]) -> dict[str, str]:
     """Why a layer cannot have int8 activations, for those that cannot."""
     reasons = {name: _float_activations(weight) for name, weight in weights.items()}
     return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _kind(weight: SparseWeight, activations: str) -> type[SparseWeight]:
+    dynamic = activations == "dynamic" and not _float_activations(weight)
+    return DynamicInt8BlockWeight if dynamic else INT8[type(weight)]
 
 
 def _float_activations(weight: SparseWeight) -> str:

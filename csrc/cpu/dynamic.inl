@@ -144,14 +144,20 @@ SK_INLINE Lanes<L> add_shift(const int32_t* packed, int64_t words, Lanes<L> sum)
   return sum;
 }
 
+// Whatever type the word was written as.
+SK_INLINE uint32_t word_at(const int32_t* p) {
+  uint32_t word;
+  __builtin_memcpy(&word, p, sizeof(word));
+  return word;
+}
+
 // Words of a block times U tokens.
 template <int L, int U>
 SK_INLINE void block_products(const int32_t* w, const int32_t* x, int64_t words, Lanes<L>* acc) {
   for (int64_t k = 0; k < words; ++k, w += L, x += U) {
     const Lanes<L> wv = Lanes<L>::load(w);
 #pragma GCC unroll 16
-    for (int u = 0; u < U; ++u)
-      acc[u] = dot(Lanes<L>::set(static_cast<uint32_t>(x[u])), wv, acc[u]);
+    for (int u = 0; u < U; ++u) acc[u] = dot(Lanes<L>::set(word_at(x + u)), wv, acc[u]);
   }
 }
 
