@@ -24,12 +24,14 @@ FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unknown-prag
 ISA_FLAGS = {"scalar": ["-ffp-contract=fast"]}
 if platform.machine() in ("x86_64", "AMD64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mbmi", "-mbmi2", "-mpopcnt"]
+    ISA_FLAGS["avxvnni"] = [*ISA_FLAGS["avx2"], "-mavxvnni"]
     ISA_FLAGS["avx512"] = [
         *ISA_FLAGS["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
         # gcc 12 takes the undefined operand of its own intrinsics for a mistake of ours
         *("-Wno-maybe-uninitialized", "-Wno-uninitialized"),
     ]
+    ISA_FLAGS["avx512vnni"] = [*ISA_FLAGS["avx512"], "-mavx512vnni"]
     ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16", "-mavx512vbmi2", "-mpopcnt"]
 
 
@@ -115,7 +117,7 @@ def extensions() -> list:
         "py_limited_api": True,
     }
     cpu = (
-        *("ops", "int8", "conv", "block", "block_ops", "nm", "nm_ops", "norm"),
+        *("ops", "int8", "dynamic", "conv", "block", "block_ops", "nm", "nm_ops", "norm"),
         *("driver", "conv_lines", "depthwise", "few_tokens", "isa"),
     )
     cpu = [f"csrc/cpu/{name}.cpp" for name in cpu]

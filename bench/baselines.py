@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import rounds
 import torch
@@ -29,6 +30,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 INT8_TOLERANCE = 3e-2  # 8 bits of a value, relative to the largest of its row
 OURS = "sparsekern"
 INT8 = f"{OURS} int8"
+DYNAMIC = f"{OURS} int8 dynamic"
 
 Call = Callable[[], object]
 
@@ -39,8 +41,8 @@ class Side:
 
     Attributes:
         name: What runs.
-        role: `dense`, `peer` (not torch's dense, not ours), `int8` (our layer with int8 values) or
-            `ours`.
+        role: `dense`, `peer` (not torch's dense, not ours), `int8` (our layer with int8 values),
+            `dense int8` or `ours`.
         sample: Makes calls, each of y, or of (dX, dW, db) when training, and tells their seconds.
         error: Largest error of its result over the largest exact value.
         version: Of an engine in an environment of its own.
@@ -188,11 +190,54 @@ def sparse_call(p: Problem) -> Call:
     return lambda: torch.autograd.grad(layer(leaves[0]), leaves, p.grad)
 
 
-def int8_call(p: Problem) -> Call:
+def int8_call(p: Problem, activations: str = "float") -> Call:
     """Our layer with its values as int8; for inference of linear layers."""
     layer = sparse_layer(p).eval()
-    quantize(layer)
+    report = quantize(layer, activations=activations)
+    if report.weight_only:
+        raise ValueError("; ".join(report.weight_only.values()))
     return lambda: layer(p.x)
+
+
+def int8_dynamic_call(p: Problem) -> Call:
+    """The same with int8 activations."""
+    return int8_call(p, "dynamic")
+
+
+def dense_int8_call(p: Problem, engine: str) -> Call:
+    """torch's dense int8 layer with dynamic activations (per tensor, asymmetric), weight packed.
+
+    The activations stay float: its engines take no bfloat16.
+    """
+    from torch.ao.nn.quantized import dynamic
+    from torch.ao.quantization import per_channel_dynamic_qconfig
+
+    if p.x.dtype != torch.float32:
+        raise TypeError("float32 only")
+    dense = p.case.layer()
+    dense.weight, dense.bias = torch.nn.Parameter(p.weight.clone()), torch.nn.Parameter(p.bias)
+    dense.qconfig = per_channel_dynamic_qconfig
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = engine
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that torch.ao will go
+            layer = dynamic.Linear.from_float(dense)
+    finally:
+        torch.backends.quantized.engine = before
+    return lambda: layer(p.x)
+
+
+QUANTIZED = {
+    "linear": {
+        **{
+            f"int8 {engine}": ("dense int8", partial(dense_int8_call, engine=engine))
+            for engine in ("onednn", "fbgemm")
+        },
+        INT8: ("int8", int8_call),
+        DYNAMIC: ("int8", int8_dynamic_call),
+    }
+}
 
 
 def sides(p: Problem, peers: bool, int8: bool = False) -> tuple[list[Side], dict[str, str]]:
@@ -201,7 +246,7 @@ def sides(p: Problem, peers: bool, int8: bool = False) -> tuple[list[Side], dict
     Args:
         p: The problem.
         peers: Whether to add sparse peers.
-        int8: Whether to add our layer with int8 values.
+        int8: Whether to add our layer with int8 values, and torch's dense ones.
 
     Returns:
         The sides, and for each one left out the reason.
@@ -213,8 +258,8 @@ def sides(p: Problem, peers: bool, int8: bool = False) -> tuple[list[Side], dict
     candidates = [(name, "dense", make) for name, make in DENSE[key].items()]
     if peers:
         candidates += [(name, "peer", make) for name, make in PEERS.get(key, {}).items()]
-    if int8 and key == "linear":
-        candidates.append((INT8, "int8", int8_call))
+    if int8:
+        candidates += [(name, role, make) for name, (role, make) in QUANTIZED.get(key, {}).items()]
     reference = p.reference()
     found, left_out = [], {}
     for name, role, make in candidates:
@@ -300,7 +345,8 @@ def checked(call: Call, name: str, p: Problem, reference: tuple[Tensor, ...]) ->
         if got.shape != exact.shape:
             exact = sparse_layer(p).weight.gather(exact)
         worst = max(worst, relative_error(got, exact))
-    limit = INT8_TOLERANCE if name == INT8 else TOLERANCE[p.x.dtype]
+    quantized = any(name in group for group in QUANTIZED.values())
+    limit = INT8_TOLERANCE if quantized else TOLERANCE[p.x.dtype]
     if not worst <= limit:
         raise RuntimeError(
             f"bench: expected {name} to be right to {limit:g} at {p.case.name}, "

@@ -82,7 +82,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
                         help="seconds of timing per point, all sides together")  # fmt: skip
     add_peers(parser)
     parser.add_argument("--int8", action="store_true",
-                        help="time our linear layers with int8 values as well")  # fmt: skip
+                        help="time linear layers in int8, too: ours and torch's dense")  # fmt: skip
     parser.add_argument("--out", type=Path, help="JSONL file to append to "
                         "(default bench/results/SUITE-TIME.jsonl)")  # fmt: skip
     return with_all_peers(parser.parse_args(arguments))

@@ -34,7 +34,7 @@ from .prune import (
 from .quantize import QuantizationReport, quantize
 from .storage import load, save
 from .weights import BlockWeight, CSRWeight, NMWeight
-from .weights_int8 import Int8BlockWeight, Int8CSRWeight
+from .weights_int8 import DynamicInt8BlockWeight, Int8BlockWeight, Int8CSRWeight
 
 __version__ = "0.1.0"
 __all__ = [
@@ -75,6 +75,7 @@ __all__ = [
     "SparseConv2d",
     "BlockWeight",
     "CSRWeight",
+    "DynamicInt8BlockWeight",
     "Int8BlockWeight",
     "Int8CSRWeight",
     "NMWeight",

@@ -170,7 +170,7 @@ def _quantized_since(model: nn.Module, rows: list[LayerReport]) -> list[LayerRep
 
     def current(row: LayerReport) -> LayerReport:
         now = formats.get(row.name, row.format)
-        if now == row.format or not now.endswith("_int8"):
+        if now == row.format or "_int8" not in now:
             return row
         return replace(row, format=now, reason=row.reason + note)
 

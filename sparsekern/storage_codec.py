@@ -4,8 +4,8 @@ A CSR weight takes the smaller of two codes:
 `csr`: `crow` (int32) and `col`, in the narrowest unsigned type that holds every column.
 `mask`: `mask`, one bit per weight of the dense shape, row-major, lowest bit first.
 With int8 values they are named `csr_int8` and `mask_int8` and have `scales`, a float32 per row.
-The other formats are stored as they are: `block`, `block_int8` and `nm` with the parts of their
-weights.
+The other formats are stored as they are: `block`, `block_int8`, `block_int8_dynamic` and `nm` with
+the parts of their weights.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from .patterns import NM, parse
 from .weight_base import INT32_MAX, SparseWeight
 from .weights import FORMATS, BlockWeight, CSRWeight, NMWeight
-from .weights_int8 import Int8BlockWeight, Int8CSRWeight
+from .weights_int8 import DynamicInt8BlockWeight, Int8BlockWeight, Int8CSRWeight
 
 PARTS = {
     **{name: weight.parts for name, weight in FORMATS.items()},
@@ -23,8 +23,12 @@ PARTS = {
     "csr_int8": Int8CSRWeight.parts,
     "mask_int8": ("values", "scales", "mask"),
     "block_int8": Int8BlockWeight.parts,
+    "block_int8_dynamic": DynamicInt8BlockWeight.parts,
 }
-AS_THEY_ARE = {"block": BlockWeight, "block_int8": Int8BlockWeight, "nm": NMWeight}
+AS_THEY_ARE = {
+    weight.format: weight
+    for weight in (BlockWeight, Int8BlockWeight, DynamicInt8BlockWeight, NMWeight)
+}
 
 
 def column_dtype(cols: int) -> torch.dtype:

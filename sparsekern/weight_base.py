@@ -61,6 +61,11 @@ class SparseWeight(nn.Module):
         return self.values.dtype
 
     @property
+    def product_dtype(self) -> torch.dtype:
+        """What is multiplied, once the layer has prepared its operands."""
+        return self.compute_dtype
+
+    @property
     def device(self) -> torch.device:
         """Of the values."""
         return self.values.device

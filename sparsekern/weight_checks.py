@@ -78,6 +78,28 @@ def check_int8_block(values: Tensor, scales: Tensor, crow: Tensor, col: Tensor, 
     _check_rows(op, values.shape[0], crow, col, rows, cols)
 
 
+# Sums of this many products of -128 and 127 fit an int32.
+DYNAMIC_COLUMNS = INT32_MAX // (128 * 127)
+
+
+def dynamic_obstacle(block_cols: int, cols: int) -> str:
+    """Why blocks of so many columns cannot be multiplied with int8 activations, or ""."""
+    if block_cols % 4:
+        return f"expected blocks of a multiple of 4 columns, got {block_cols}"
+    fits = cols <= DYNAMIC_COLUMNS
+    return "" if fits else f"expected at most {DYNAMIC_COLUMNS} in_features, got {cols}"
+
+
+def check_dynamic(values: Tensor, shape) -> None:
+    """Raise ValueError unless int8 blocks `(n_blocks, R, C)` can meet int8 activations.
+
+    What `check_int8_block` accepted is taken for granted.
+    """
+    obstacle = dynamic_obstacle(values.shape[2], shape[1])
+    if obstacle:
+        raise ValueError(f"DynamicInt8BlockWeight: {obstacle}")
+
+
 def _check_scaled(op: str, values: Tensor, scales: Tensor, shape) -> None:
     check = _checker(op)
     check(len(shape) == 2, "the weight of a linear layer (out, in)", tuple(shape))

@@ -5,9 +5,10 @@ from torch import Tensor
 
 from .ops._library import row_of_each
 from .ops.block_int8 import block_linear_int8, dequantize_blocks
+from .ops.block_int8_dynamic import block_linear_int8_dynamic
 from .ops.csr_int8 import csr_linear_int8, dequantize
 from .weight_base import SparseWeight
-from .weight_checks import check_int8, check_int8_block
+from .weight_checks import check_dynamic, check_int8, check_int8_block
 from .weights import BlockWeight, CSRWeight
 
 LEVELS = 127  # -127..127, so that every value has its negative
@@ -151,6 +152,7 @@ class Int8BlockWeight(_Int8Weight, BlockWeight):
     format = "block_int8"
     parts = ("values", "scales", "block_crow", "block_col")
     wide = BlockWeight
+    _linear = staticmethod(block_linear_int8)
 
     def __init__(self, values, scales, block_crow, block_col, shape, pattern, plans=True):
         check_int8_block(values, scales, block_crow, block_col, shape)
@@ -175,10 +177,34 @@ class Int8BlockWeight(_Int8Weight, BlockWeight):
         self._refuse_training()
         b = self._buffers
         index = (b["values"], b["scales"], b["block_crow"], b["block_col"])
-        return block_linear_int8(x, *index, bias, b["plan"], self.shape[0], activation)
+        return self._linear(x, *index, bias, b["plan"], self.shape[0], activation)
 
     def _check(self, parts) -> None:
         check_int8_block(*parts.values(), self.shape)
+
+
+class DynamicInt8BlockWeight(Int8BlockWeight):
+    """As `Int8BlockWeight`, and every call quantizes its input to int8 too, token by token.
+
+    Products are int8, sums int32; see `ops.block_int8_dynamic`. Blocks have a multiple of 4 columns
+    and the matrix at most `DYNAMIC_COLUMNS`.
+    """
+
+    format = "block_int8_dynamic"
+    _linear = staticmethod(block_linear_int8_dynamic)
+
+    def __init__(self, values, scales, block_crow, block_col, shape, pattern, plans=True):
+        super().__init__(values, scales, block_crow, block_col, shape, pattern, plans)
+        check_dynamic(values, shape)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """int8."""
+        return torch.int8
+
+    def _check(self, parts) -> None:
+        super()._check(parts)
+        check_dynamic(parts["values"], self.shape)
 
 
 INT8 = {weight.wide: weight for weight in (Int8CSRWeight, Int8BlockWeight)}

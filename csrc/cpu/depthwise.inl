@@ -39,17 +39,17 @@ SK_INLINE void gelu_row(const DepthwiseArgs& a, int64_t row) {
 }
 
 // Lanes [first, end) of a vector lie inside the image.
-struct Lanes {
+struct Span {
   int64_t first, end;
 };
 
-SK_INLINE Lanes lanes_of(int64_t from, int64_t size) {
+SK_INLINE Span span_of(int64_t from, int64_t size) {
   const int64_t first = from < 0 ? -from : 0, end = size - from;
   return {first < Vec::N ? first : Vec::N, end < first ? first : end < Vec::N ? end : Vec::N};
 }
 
 template <bool Inside>
-SK_INLINE Vec load_part(const float* p, Lanes lanes) {
+SK_INLINE Vec load_part(const float* p, Span lanes) {
   if (Inside) return Vec::load(p);
   return Vec::load_lanes(p, lanes.first, lanes.end);
 }
@@ -62,10 +62,10 @@ SK_INLINE void depthwise_tile(const DepthwiseArgs& a, const Bounds& bounds, int6
   const PlaneAxis &py = a.plane.y, &px = a.plane.x;
   const float* weights = a.values + a.crow[row];
   const int64_t from = x * S - px.pad;
-  Lanes lanes[K + 1], next[K + 1];
+  Span lanes[K + 1], next[K + 1];
   for (int k = 0; !Inside && k < K; ++k) {
-    lanes[k] = lanes_of(from + k, px.size);
-    next[k] = lanes_of(from + k + Vec::N, px.size);
+    lanes[k] = span_of(from + k, px.size);
+    next[k] = span_of(from + k + Vec::N, px.size);
   }
   Vec w[K * K], acc[U];
   for (int k = 0; k < K * K; ++k) w[k] = Vec::set(weights[k]);

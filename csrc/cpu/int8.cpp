@@ -2,10 +2,11 @@
 // are float32: csr spreads the values in front of the product, where many tokens pack them anyhow;
 // blocks are spread once for all tokens of a panel, and the sums scaled. The schemas and the fakes
 // are in sparsekern/ops/csr_int8.py and block_int8.py.
+#include "int8.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include "block.h"
-#include "driver.h"
 
 namespace sparsekern {
 namespace {
@@ -15,7 +16,8 @@ void check_float(const std::string& op, const char* name, const Tensor& t) {
   check_dtype(op, name, t, {ScalarType::Float, ScalarType::BFloat16});
 }
 
-// Checks x and values; returns in_features.
+}  // namespace
+
 int64_t check_int8(const std::string& op, const Tensor& x, const Tensor& values) {
   check_float(op, "x", x);
   check_cpu(op, "values", values);
@@ -23,18 +25,9 @@ int64_t check_int8(const std::string& op, const Tensor& x, const Tensor& values)
   return check_features(op, "x", "in_features", x, x);
 }
 
-// Contiguous operands, kept until the product is done.
-struct Int8Linear {
-  Tensor x, values, scales, y;
-  std::optional<Tensor> bias;
-  MatrixSource matrix;
-  Operands operands;
-};
-
-// Checks what is left and fills in `l`. The bias is float32 or bfloat16, whatever x is.
-void prepare(const std::string& op, const Tensor& x, const Tensor& values, const Tensor& scales,
-             const std::optional<Tensor>& bias, int64_t rows, Activation activation,
-             Int8Linear* l) {
+void prepare_int8(const std::string& op, const Tensor& x, const Tensor& values,
+                  const Tensor& scales, const std::optional<Tensor>& bias, int64_t rows,
+                  Activation activation, Int8Linear* l) {
   check_cpu(op, "scales", scales);
   check_dtype(op, "scales", scales, {ScalarType::Float});
   check_dim(op, "scales", scales, 1);
@@ -57,6 +50,8 @@ void prepare(const std::string& op, const Tensor& x, const Tensor& values, const
   l->operands.bias = data_or_null(l->bias), l->operands.activation = activation;
 }
 
+namespace {
+
 // As run_few for int8 values: all of them as float32, in the order of the CSR matrix.
 void run_few_int8(const PlanView& plan, const int32_t* crow, Operands o) {
   if (o.tokens == 0 || plan.rows == 0) return;
@@ -78,7 +73,7 @@ Tensor csr_linear_int8_cpu(const Tensor& x, const Tensor& values, const Tensor& 
   const Activation act = parse_activation(op, activation);
   const Pattern p = check_pattern(op, crow, col, values.size(0), cols);
   Int8Linear l;
-  prepare(op, x, values, scales, bias, p.rows, act, &l);
+  prepare_int8(op, x, values, scales, bias, p.rows, act, &l);
   const PlanHolder holder = get_plan(op, p, plan);
   if (few_tokens(holder.view, l.operands.tokens))
     run_few_int8(holder.view, p.crow_data(), l.operands);
@@ -97,7 +92,7 @@ Tensor block_linear_int8_cpu(const Tensor& x, const Tensor& values, const Tensor
   const BlockPattern p = check_block_pattern(
       op, crow, col, {out_features, cols, values.size(1), values.size(2), 1, 1});
   Int8Linear l;
-  prepare(op, x, values, scales, bias, out_features, act, &l);
+  prepare_int8(op, x, values, scales, bias, out_features, act, &l);
   check_block_plan(op, p, plan);
   run_block_linear(p.view, l.operands);
   return to_dtype(l.y, x.scalar_type());

@@ -2,6 +2,9 @@
 #include "isa.h"
 
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <atomic>
 
@@ -16,19 +19,41 @@ bool has_avx2() {
          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
          __builtin_cpu_supports("popcnt");
 }
+// By its bit: not every compiler knows the feature by name. Registers are those of AVX2.
+bool has_avxvnni() {
+  unsigned int a = 0, b, c, d;
+  return has_avx2() && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+bool has_avx512vnni() {
+  return has_avx512() && __builtin_cpu_supports("avx512vnni");
+}
 bool has_avx512bf16() {
-  return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+  return has_avx512vnni() && __builtin_cpu_supports("avx512bf16") &&
          __builtin_cpu_supports("avx512vbmi2");
 }
 
-// The avx512 table with products of bfloat16 pairs.
+// A table with other products of int8 with int8.
+Kernels with_vnni(Kernels k, const char* name, const DynamicKernels* dynamic) {
+  k.name = name, k.dynamic = dynamic;
+  return k;
+}
+const Kernels& avxvnni() {
+  static const Kernels table = with_vnni(kernels_avx2, "avxvnni", &dynamic_kernels_avxvnni);
+  return table;
+}
+const Kernels& avx512vnni() {
+  static const Kernels table = with_vnni(kernels_avx512, "avx512vnni", &dynamic_kernels_avx512vnni);
+  return table;
+}
+
+// The avx512vnni table with products of bfloat16 pairs.
 const Kernels& avx512bf16() {
   static const Kernels table = [] {
-    Kernels k = kernels_avx512;
+    Kernels k = avx512vnni();
     k.name = "avx512bf16";
     k.pairs = &pair_kernels_avx512bf16;
     return k;
@@ -40,7 +65,9 @@ const Kernels& avx512bf16() {
 const Kernels* best() {
 #if defined(__x86_64__)
   if (has_avx512bf16()) return &avx512bf16();
+  if (has_avx512vnni()) return &avx512vnni();
   if (has_avx512()) return &kernels_avx512;
+  if (has_avxvnni()) return &avxvnni();
   if (has_avx2()) return &kernels_avx2;
 #endif
   return &kernels_scalar;
@@ -79,7 +106,9 @@ std::vector<std::string> available_isas() {
   std::vector<std::string> names{"scalar"};
 #if defined(__x86_64__)
   if (has_avx2()) names.push_back("avx2");
+  if (has_avxvnni()) names.push_back("avxvnni");
   if (has_avx512()) names.push_back("avx512");
+  if (has_avx512vnni()) names.push_back("avx512vnni");
   if (has_avx512bf16()) names.push_back("avx512bf16");
 #endif
   return names;
@@ -91,7 +120,9 @@ bool set_cpu_isa(const std::string& name) {
     const Kernels* k = &kernels_scalar;
 #if defined(__x86_64__)
     if (name == "avx2") k = &kernels_avx2;
+    if (name == "avxvnni") k = &avxvnni();
     if (name == "avx512") k = &kernels_avx512;
+    if (name == "avx512vnni") k = &avx512vnni();
     if (name == "avx512bf16") k = &avx512bf16();
 #endif
     chosen.store(k, std::memory_order_relaxed);

@@ -320,6 +320,8 @@ struct PairKernels {
   void (*spmm)(const SpmmArgs&);
 };
 
+struct DynamicKernels;  // products of int8 with int8, see dynamic.h
+
 struct Kernels {
   const char* name;
   int64_t width;          // floats in a vector
@@ -369,6 +371,7 @@ struct Kernels {
   // the activation, sums[1] = its dot product with x - mean
   void (*norm_grad)(const NormArgs&, double rstd, double* sums);
   const PairKernels* pairs;  // null where the instructions are missing
+  const DynamicKernels* dynamic;
 };
 
 extern const Kernels kernels_scalar;
@@ -376,6 +379,7 @@ extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const PairKernels pair_kernels_avx512bf16;
+extern const DynamicKernels dynamic_kernels_avxvnni, dynamic_kernels_avx512vnni;
 #endif
 
 inline int64_t largest_row_block(const PlanView& plan) {

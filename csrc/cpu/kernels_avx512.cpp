@@ -1,22 +1,6 @@
 #define SPARSEKERN_AVX512
-#include "kernels.h"
-#include "vec.h"
-#include "panel.inl"
-#include "planes.inl"
-#include "csr.inl"
-#include "lines.inl"
-#include "depthwise.inl"
-#include "int8.inl"
-#include "sddmm.inl"
-#include "spmv.inl"
-#include "block.inl"
-#include "nm.inl"
-#include "norm.inl"
+#include "table.inl"
 
 namespace sparsekern {
-const Kernels kernels_avx512 = {"avx512",    Vec::N,       8,          kSddmmVectors, pack,
-                                unpack,      spmm,         sddmm,      fill_panel,    spmm_lines,
-                                fill_plane,  depthwise,    spmv,       0.18,          block_spmm,
-                                block_spmv,  block_sddmm,  nm_spmm,    nm_spmv,       pack_int8,
-                                spread_int8, norm_moments, norm_apply, norm_grad,     nullptr};
+const Kernels kernels_avx512 = table("avx512", 8, 0.18);
 }  // namespace sparsekern

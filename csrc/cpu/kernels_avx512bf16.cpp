@@ -3,6 +3,7 @@
 #include "kernels.h"
 #include "vec.h"
 #include "panel.inl"
+#include "activation.inl"
 #include "csr.inl"
 #include "pairs.inl"
 

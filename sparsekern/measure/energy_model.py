@@ -47,7 +47,7 @@ class LayerCount:
 
     Attributes:
         name: the module's name in the model.
-        dtype: dtype of the arithmetic; of the weight, but float32 where that is int8.
+        dtype: dtype of the products; of the weight, but float32 where only that is int8.
         macs: multiply-accumulates; for a sparse layer only those of stored values.
         index_reads: indices read, one integer addition each; 0 for a dense layer.
         weight_bytes: bytes of values, their scales if they are int8, and bias.
@@ -152,7 +152,7 @@ def _count_layer(name: str, module: nn.Module, given, output) -> LayerCount:
     positions = output.numel() // max(_outputs(module), 1)
     return LayerCount(
         name=name,
-        dtype=module.weight.compute_dtype if sparse else values.dtype,
+        dtype=module.weight.product_dtype if sparse else values.dtype,
         macs=positions * values.numel(),
         index_reads=sum(i.numel() for i in indices),
         weight_bytes=sum(_bytes(t) for t in (values, scales, bias) if t is not None),

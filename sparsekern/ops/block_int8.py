@@ -45,13 +45,14 @@ block_linear_int8 = define(
 )
 
 
-def _grad_input(grad, values, scales, crow, col, in_features):
+def grad_input(grad, values, scales, crow, col, in_features):
+    """Gradient of x `(..., in)` in the dtype of `grad` `(..., out)`, past the activation."""
     wide = dequantize_blocks(values, scales, crow).to(grad.dtype)
     return block_linear_grad_input(grad, wide, crow, col, None, in_features)
 
 
 torch.library.register_autograd(
     f"sparsekern::{OP}",
-    _frozen.backward(block_linear_int8, _grad_input),
+    _frozen.backward(block_linear_int8, grad_input),
     setup_context=_frozen.setup_context,
 )
