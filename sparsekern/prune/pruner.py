@@ -15,7 +15,7 @@ from .methods.base import zero_out
 from .report import PruneReport, make_report
 from .schedules import Schedule
 from .slots import MASK, Slot
-from .targets import Layer, parameters_of, restored_on_error
+from .targets import Layer, parameters_of, restored_on_error, unwrapped
 
 FORMAT = 1
 
@@ -39,13 +39,14 @@ class Pruner:
     `optimizer.step()`, so neither momentum nor weight decay revives them; the optimizer's state at
     dropped and at regrown weights is cleared. Steps that the optimizer skips (GradScaler) do not
     count. Everything is deterministic, and identical on all ranks of a distributed run: scores and
-    gradients are averaged over them. Every rank must hold whole weights (DDP, not FSDP).
+    gradients are averaged over them, data may be a shard on each, and every rank must make the
+    Pruner and step it. Every rank must hold whole weights (DDP, not FSDP).
 
     To resume, build model, optimizer and Pruner as before and load the three state_dicts, in any
     order: training goes on bit by bit as if it had never stopped.
 
     Attributes:
-        model: The model.
+        model: The model; the one inside, if it came in a `DistributedDataParallel`.
         optimizer: Its optimizer.
         schedule: The schedule.
         steps: Optimizer steps so far.
@@ -92,20 +93,21 @@ class Pruner:
         """
         _check_types(optimizer, schedule)
         final = _final_sparsity(sparsity, schedule)
-        self.model, self.optimizer, self.steps = model, optimizer, 0
+        self.model, self.optimizer, self.steps = unwrapped(model), optimizer, 0
         self._name = method
         common = (pattern, scope, data, loss_fn, targets, ignore, method_options)
-        self._job, self._skipped = prepare(model, method, final, *common, training=True)
+        self._job, self._skipped = prepare(
+            model, method, final, *common, training=True, distributed=True
+        )
         if sparsity is None and isinstance(self._job.scope, Mapping):
             self._job = replace(self._job, sparsity=None)
-        self._job = replace(self._job, task=replace(self._job.task, distributed=True))
         self.schedule = schedule or self._default_schedule()
-        self._slots = [Slot(la, parameters_of(model, la)) for la in self._job.layers]
+        self._slots = [Slot(la, parameters_of(self.model, la)) for la in self._job.layers]
         self._check_free()
         self._finished = self._pruned = False
         self._undo: list[tuple[Tensor, int]] | None = None
         self._guard = Guard(self._job.method, self._slots, self._watches, self._is_over)
-        self._guard.attach(model, optimizer)
+        self._guard.attach(self.model, optimizer)
         try:
             self._begin()
         except BaseException:
@@ -311,7 +313,6 @@ class Pruner:
                 slot.layer.weight.clone() if method.returning else None for slot in self._slots
             ]
             masks = self._choose(sparsity)
-        sync.broadcast(masks)
         for slot, mask, values in zip(self._slots, masks, dense):
             self._install(slot, mask)
             if method.returning and not self._is_over():
