@@ -167,3 +167,109 @@ def test_srste_is_its_update_rule_with_momentum(pattern, decay):
             assert torch.equal(new, mask)
         torch.testing.assert_close(model.weight.detach(), (w * new).detach())
     assert moved > 0 and not torch.equal(first, new)
+
+
+class Straight(torch.autograd.Function):
+    """A mask in the forward pass that the gradient does not see (straight-through)."""
+
+    @staticmethod
+    def forward(ctx, scores, mask):
+        return mask
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+@pytest.mark.parametrize("threshold", [None, 0.3])
+@pytest.mark.parametrize("pattern", ["unstructured", "block:2x2"])
+def test_soft_movement_is_training_scores_with_a_regulariser(threshold, pattern):
+    """Against a copy with score parameters, autograd through the mask, and torch's Adam."""
+    parsed, schedule = patterns.parse(pattern), schedules.Cubic(0, 0.6, 2, 20, 2)
+    rate, strength = 1.0, 0.02
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    w = [model[i].weight.detach().clone().requires_grad_() for i in (0, 2)]
+    b = [model[i].bias.detach().clone().requires_grad_() for i in (0, 2)]
+    scores = [torch.zeros_like(x).requires_grad_() for x in w]
+    masks = [torch.ones_like(x) for x in w]
+    plain, adam = torch.optim.SGD([*w, *b], 0.3), torch.optim.Adam(scores, rate)
+    options = {"threshold": threshold, "strength": strength, "lr": rate}
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    pruner = Pruner(
+        model, optimizer, "soft_movement", pattern=pattern, schedule=schedule, **options
+    )
+    returned = 0
+    for step in range(1, 24):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        pruner.step()
+        share = schedule.sparsity(step - 1) / 0.6
+        hidden = F.linear(X, w[0] * Straight.apply(scores[0], masks[0]), b[0]).tanh()
+        output = F.linear(hidden, w[1] * Straight.apply(scores[1], masks[1]), b[1])
+        penalty = strength * share * sum(s.sigmoid().mean() for s in scores)
+        for one in (plain, adam):
+            one.zero_grad()
+        (F.cross_entropy(output, Y) + penalty).backward()
+        for x, mask in zip(w, masks):
+            x.grad *= mask
+        plain.step()
+        if step <= schedule.last:
+            adam.step()
+        if schedule.is_update(step):
+            new = choose_softly(parsed, scores, threshold, schedule.sparsity(step), 0.6)
+            returned += sum(int((n * (1 - m)).sum()) for n, m in zip(new, masks))
+            masks = new
+        for index, x, mask in zip((0, 2), w, masks):
+            torch.testing.assert_close(model[index].weight.detach(), (x * mask).detach())
+    zeros = pruner.report().sparsity
+    assert zeros == pytest.approx(0.6, abs=0.04) if threshold is None else 0.1 < zeros < 0.9
+    assert returned > 0
+
+
+def choose_softly(pattern, scores, threshold, sparsity, final):
+    units = [pattern.unit_scores(s.detach()) for s in scores]
+    if threshold is not None:
+        chosen = [u.sigmoid() > threshold * sparsity / final for u in units]
+    else:
+        size, both = scores[0].numel() // units[0].numel(), torch.cat(units)
+        count = math.floor(
+            (both.numel() * size - round(sparsity * both.numel() * size)) / size + 0.5
+        )
+        kept = torch.zeros(both.numel(), dtype=torch.bool)
+        kept[both.argsort(descending=True, stable=True)[:count]] = True
+        chosen = kept.split([u.numel() for u in units])
+    return [pattern.expand(c, s.shape).double() for c, s in zip(chosen, scores)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": 1.0}, r"prune: expected threshold in \(0, 1\) or None, got 1.0"),
+        ({"threshold": 0}, r"prune: expected threshold in \(0, 1\) or None, got 0"),
+        ({"strength": -1}, "prune: expected strength >= 0, got -1"),
+        ({"lr": math.nan}, "prune: expected lr > 0, got nan"),
+        ({"threshold": 0.1, "pattern": "2:4"}, "with a threshold needs units, got pattern 2:4"),
+        ({"threshold": 0.1, "scope": "global"}, "gives each layer a budget .* got 'global'"),
+        ({}, "expected training steps before the first update of layer '0' by movement pruning"),
+    ],
+)
+def test_soft_movement_errors(options, message):
+    model = mlp()
+    with pytest.raises(ValueError, match=message):
+        Pruner(model, torch.optim.SGD(model.parameters(), 0.1), "soft_movement", **options)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "filter"])
+def test_soft_movement_meets_the_budget_in_other_patterns(pattern):
+    model = mlp()
+    optimizer, schedule = torch.optim.SGD(model.parameters(), 0.1), schedules.Cubic(0, 0.5, 1, 5)
+    pruner = Pruner(model, optimizer, "soft_movement", pattern=pattern, schedule=schedule)
+    for _ in range(6):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        pruner.step()
+    assert pruner.finalize().sparsity == pytest.approx(0.5, abs=0.03)
+    assert all(patterns.parse(pattern).verify(w) for w in weights(model))

@@ -205,6 +205,33 @@ def test_steps_that_the_optimizer_skips_do_not_count():
     assert pruner.steps == 2 and pruner.report().sparsity == 0.5
 
 
+def scaled_step(model, optimizer, scaler, factor=1.0):
+    optimizer.zero_grad()
+    scaler.scale(F.cross_entropy(model(X), Y) * factor).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def test_fused_optimizers_skip_steps_and_scale_gradients_inside():
+    """GradScaler calls them with scaled gradients, and with Inf that makes them do nothing."""
+    results = {}
+    for method in ("magnitude", "movement", "soft_movement", "rigl", "srste"):
+        for fused in (False, True):
+            model = mlp()
+            optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=fused)
+            pruner = make_pruner(method, model, optimizer)
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            for step in range(22):
+                scaled_step(model, optimizer, scaler, math.inf if step in (2, 9) else 1.0)
+                pruner.step()
+            assert pruner.steps == 20, method
+            results[fused] = pruner.masks, weights(model)
+        for name, mask in results[True][0].items():
+            assert torch.equal(mask, results[False][0][name]), method
+        for mine, other in zip(results[True][1], results[False][1]):
+            torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
+
+
 def test_clipping_does_not_see_dropped_weights():
     model = mlp()
     optimizer = sgd(model)

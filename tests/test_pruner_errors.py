@@ -69,7 +69,7 @@ def test_states_that_do_not_fit_are_refused_and_nothing_changes(change, message)
         (
             {"method": "movement"},
             ValueError,
-            "expected training steps before the first update of layer '0' by method 'movement'",
+            "expected training steps before the first update of layer '0' by movement pruning",
         ),
         (
             {"pattern": "2:4", "sparsity": 0.7},

@@ -11,7 +11,7 @@ from ..patterns import NM, Pattern
 from . import sync
 from .guard import Guard
 from .job import DEFAULT_SPARSITY, Job, prepare
-from .methods.base import zero_out
+from .methods.base import Method, zero_out
 from .report import PruneReport, make_report
 from .schedules import Schedule
 from .slots import MASK, Slot
@@ -74,7 +74,8 @@ class Pruner:
         Args:
             model: Model on the device it trains on.
             optimizer: Holds the weights of at least one layer.
-            method: Those of `prune`, and `"rigl"`, `"set"`, `"movement"` and `"srste"`.
+            method: Those of `prune`, and `"rigl"`, `"set"`, `"movement"`, `"soft_movement"` and
+                `"srste"`.
             sparsity: That of the schedule's end; default the schedule's, the pattern's, or 0.9.
             pattern: As for `prune`. N:M under a gradual schedule passes through (N + k):M.
             scope: As for `prune`. The sparsities of a dict grow in step with the schedule.
@@ -106,7 +107,9 @@ class Pruner:
         self._check_free()
         self._finished = self._pruned = False
         self._undo: list[tuple[Tensor, int]] | None = None
-        self._guard = Guard(self._job.method, self._slots, self._watches, self._is_over)
+        self._guard = Guard(
+            self._job.method, self._method_now, self._slots, self._watches, self._is_over
+        )
         self._guard.attach(self.model, optimizer)
         try:
             self._begin()
@@ -295,6 +298,9 @@ class Pruner:
         last = self.schedule.last
         return last is not None and self.steps >= last
 
+    def _method_now(self) -> Method:
+        return self._job.method.at(self.steps, self.schedule)
+
     def _watches(self) -> bool:
         watches = self._job.method.watches
         if watches == "updates":
@@ -341,7 +347,7 @@ class Pruner:
             job = replace(job, sparsity=sparsity)
         alive = self._pruned and not job.method.returning
         layers = [replace(s.layer, alive=s.mask.clone() if alive else None) for s in self._slots]
-        method = job.method.at(self.steps, self.schedule)
+        method = self._method_now()
         seen = tuple(slot.seen for slot in self._slots) if method.watches else None
         if seen is not None:
             sync.average(tensor for tensor in seen if tensor is not None)
