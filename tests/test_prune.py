@@ -386,6 +386,22 @@ def test_scores_that_are_nan_are_refused(pattern, monkeypatch):
         prune(mlp(), "broken", pattern=pattern)
 
 
+@pytest.mark.parametrize(
+    ("method", "scope"), [("magnitude", "global"), ("random", "global"), ("wanda", "uniform")]
+)
+def test_more_than_2_to_the_24_weights(method, scope):
+    """A float32 count would stop there, and torch.quantile refuses as many."""
+    wide, small = nn.Linear(4097, 4096, bias=False), nn.Linear(4096, 3)
+    model = nn.Sequential(wide, small)
+    data = {"data": [torch.rand(2, 4097)]} if method == "wanda" else {}
+    report = prune(model, method, 0.9, scope=scope, **data)
+    total = 4097 * 4096 + 3 * 4096
+    assert total > 1 << 24 and report.total == total
+    counts = [math.floor(0.9 * n + 0.5) for n in (4097 * 4096, 3 * 4096)]
+    assert report.zeros == (sum(counts) if scope == "uniform" else math.floor(0.9 * total + 0.5))
+    assert report.zeros == zeros(wide.weight) + zeros(small.weight)
+
+
 def test_every_method_is_named_in_the_documentation():
     for name, method in METHODS.items():
         where = prune if method.one_shot else Pruner.__init__

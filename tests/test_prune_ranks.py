@@ -131,6 +131,7 @@ TRAINED = {
     "rigl": schedules.Constant(0.6, 2),
     "set": schedules.Constant(0.6, 2),
     "movement": schedules.Cubic(0, 0.6, 2, 8, 2),
+    "soft_movement": schedules.Cubic(0, 0.6, 2, 8, 2),
     "srste": schedules.Constant(0.6, 1, 6),
 }
 

@@ -16,6 +16,7 @@ UNITS = (0.5, 0.8)  # sparsities of whole units, whose columns in the next layer
 L1, L2 = (
     partial(sk.weight_penalty, strength=strength, p=p) for strength, p in ((1e-3, 1), (1e-3, 2))
 )
+SOFT = {"strength": 100.0, "lr": 0.1}  # scores have 75 steps to move
 
 DENSE = Line("dense")
 _after = partial(Line, when="after")
@@ -49,6 +50,7 @@ AFTER = (
     _after("refit", "refit"),
     _after("magnitude, while retraining", "magnitude", scope="uniform", schedule="late"),
     _after("movement", "movement", schedule="late"),
+    _after("soft movement", "soft_movement", schedule="late", options=SOFT),
 )
 STATIC = Line("random at start, uniform", "random", scope="uniform")
 STATIC_ERK = Line("random at start, ERK", "random", scope="erk")
