@@ -42,7 +42,7 @@ def test_every_method_converts_to_the_same_outputs(method, pattern):
 @pytest.mark.parametrize("pattern", ["unstructured", "block:4x4", "1:4"])
 @pytest.mark.parametrize("method", [name for name, m in METHODS.items() if not m.one_shot])
 def test_methods_of_training_convert_to_the_same_outputs(method, pattern, mode):
-    model, final = mlp(nn.ReLU), 0.75
+    model, final = mlp(nn.ReLU), 0.75 if ":4" in pattern and "x" not in pattern else 0.85
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     moves = "movement" in method
     schedule = Cubic(0.0, final, 1, 7) if moves else Constant(final, every=1, end=7)
