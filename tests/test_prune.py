@@ -245,6 +245,22 @@ def test_random_depends_on_the_seed_alone():
     assert not torch.equal(masks[0], masks[2])
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "block:4x4", "filter"])
+@pytest.mark.parametrize("method", ["random", "magnitude", "grasp", "snip", "wanda"])
+def test_pruning_again_takes_what_is_zero_first(method, pattern):
+    torch.manual_seed(1)
+    data = [(torch.randn(20, 12), torch.randint(0, 4, (20,)))]
+    options = {"pattern": pattern, "data": data, "loss_fn": nn.functional.cross_entropy}
+    once, model = mlp(), mlp()
+    wanted = prune(once, method, 0.8, **options).zeros
+    prune(model, method, 0.6, **options)
+    first = [w == 0 for w in weights(model)]
+    again = {"seed": 1} if method == "random" else {}
+    report = prune(model, method, 0.8, **options, **again)
+    assert abs(report.zeros - wanted) <= (0 if pattern == "unstructured" else 32)
+    assert all(bool((w[z] == 0).all()) for w, z in zip(weights(model), first))
+
+
 def test_random_does_not_favour_small_units():
     # Rows of 4 and of 400 weights: by their mean, only small units could be extreme.
     model = nn.Sequential(nn.Linear(4, 1000), nn.Linear(400, 1000))

@@ -36,6 +36,18 @@ def test_states_that_do_not_fit_are_refused_and_nothing_changes(change, message)
     assert all(torch.equal(a, b) for a, b in zip(state(model), before))
 
 
+def test_a_state_that_lacks_something_is_refused():
+    model = mlp()
+    pruner = make_pruner("rigl", model, sgd(model))
+    before = {name: mask.clone() for name, mask in pruner.masks.items()}
+    for key in ("steps", "generator", "layers"):
+        saved = pruner.state_dict()
+        del saved[key]
+        with pytest.raises(ValueError, match=f"expected a state with .'{key}'., got none"):
+            pruner.load_state_dict(saved)
+    assert all(torch.equal(mask, before[name]) for name, mask in pruner.masks.items())
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..patterns import Pattern
 from .job import prepare
@@ -27,7 +27,8 @@ def prune(
     """Set the least important weights of a model to zero, in place.
 
     Everything is checked before anything changes, and a failure on the way puts the weights back.
-    The result is deterministic: equal scores are decided by index.
+    The result is deterministic: equal scores are decided by index. Weights that are 0 already go
+    first, whatever their score, so that pruning again comes to the sparsity that is asked for.
 
     Args:
         model: Any module, also one in `DistributedDataParallel` (layers go by their names inside),
@@ -74,5 +75,12 @@ def prune(
     """
     common = (pattern, scope, data, loss_fn, targets, ignore, method_options)
     job, skipped = prepare(model, method, sparsity, *common, distributed=distributed)
-    replace(job, progress=progress).run()
+    layers = [replace(layer, alive=_nonzero(layer.weight)) for layer in job.layers]
+    replace(job, layers=layers, progress=progress).run()
     return make_report(method, job.pattern, job.scope, job.layers, skipped)
+
+
+def _nonzero(weight: Tensor) -> Tensor | None:
+    """What earlier prunings left; None if that is everything."""
+    alive = weight != 0
+    return None if bool(alive.all()) else alive

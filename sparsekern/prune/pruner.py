@@ -18,6 +18,7 @@ from .slots import MASK, Slot
 from .targets import Layer, parameters_of, restored_on_error, unwrapped
 
 FORMAT = 1
+KEYS = ("format", "method", "pattern", "steps", "stepped", "pruned", "generator", "layers")
 
 
 class Pruner:
@@ -270,6 +271,8 @@ class Pruner:
             raise RuntimeError(f"Pruner.{what}: expected a pruner in use, got one finalized")
 
     def _check_state(self, state: Mapping) -> None:
+        if lost := [key for key in KEYS if key not in state]:
+            raise ValueError(f"Pruner.load_state_dict: expected a state with {lost}, got none")
         names = [slot.layer.name for slot in self._slots]
         own = {"format": FORMAT, "method": self._name, "pattern": str(self._job.pattern)}
         for key, wanted in (*own.items(), ("layers", names)):
