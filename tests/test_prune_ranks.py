@@ -1,12 +1,15 @@
 """Several processes with data of their own: the same masks on all, those of all the data."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from methods_common import BATCHES, X, Y, mlp, weights
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,18 +22,17 @@ HALVES = [(X[:6], Y[:6]), (X[6:], Y[6:])]
 ORDERED = {"skeletonization", "obd"}
 
 
-def on_two_ranks(check, folder, *arguments):
-    """Run `check(rank, *arguments)` in two processes that can talk to each other."""
+def on_two_ranks(folder, *checks):
+    """Run every `check(rank)` in two processes that can talk to each other."""
     options = {"nprocs": 2, "start_method": "fork"}
-    torch.multiprocessing.start_processes(
-        _run, (str(folder / "store"), check, arguments), **options
-    )
+    torch.multiprocessing.start_processes(_run, (str(folder / "store"), checks), **options)
 
 
-def _run(rank, path, check, arguments):
+def _run(rank, path, checks):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(path, 2), rank=rank, world_size=2)
-    check(rank, *arguments)
+    for check in checks:
+        check(rank)
     dist.destroy_process_group()
 
 
@@ -83,10 +85,6 @@ def check_one_shot(rank):
                 torch.testing.assert_close(mine, wanted)
 
 
-def test_one_shot_methods_average_over_ranks(tmp_path):
-    on_two_ranks(check_one_shot, tmp_path)
-
-
 def check_wrapped(rank):
     whole, model = mlp(), DistributedDataParallel(mlp())
     options = {"loss_fn": F.cross_entropy, "iterations": 3}
@@ -98,10 +96,6 @@ def check_wrapped(rank):
     alone = mlp()
     prune(alone, "snip", 0.8, data=[HALVES[rank]], distributed=False, **options)
     assert not same_on_both(weights(alone))  # nothing was exchanged
-
-
-def test_a_wrapped_model_averages_by_itself(tmp_path):
-    on_two_ranks(check_wrapped, tmp_path)
 
 
 def check_random(rank):
@@ -118,8 +112,8 @@ def check_random(rank):
         assert all(torch.equal(w, b * m) for w, b, m in zip(weights(model), before, masks))
 
 
-def test_the_draws_of_one_rank_count(tmp_path):
-    on_two_ranks(check_random, tmp_path)
+def test_one_shot_methods_average_over_ranks(tmp_path):
+    on_two_ranks(tmp_path, check_one_shot, check_wrapped, check_random)
 
 
 TRAINED = {
@@ -163,11 +157,6 @@ def check_training(rank, pattern):
             torch.testing.assert_close(mine, other)
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "block:2x2"])
-def test_training_on_shards_is_training_on_all_of_the_data(tmp_path, pattern):
-    on_two_ranks(check_training, tmp_path, pattern)
-
-
 def check_resume(rank):
     """Saved on one rank of a wrapped model, taken up by a plain one, and the other way round."""
     part = slice(6 * rank, 6 * rank + 6)
@@ -180,14 +169,12 @@ def check_resume(rank):
     assert all(torch.equal(a, b) for a, b in zip(again.masks.values(), pruner.masks.values()))
 
 
-def test_checkpoints_know_no_wrapper(tmp_path):
-    on_two_ranks(check_resume, tmp_path)
+def test_training_on_shards_is_training_on_all_of_the_data(tmp_path):
+    patterns = ("unstructured", "block:2x2")
+    on_two_ranks(tmp_path, *(partial(check_training, pattern=p) for p in patterns), check_resume)
 
 
 def check_sharded(rank):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-
     def refused(model, got):
         for use in (prune, lambda m: Pruner(m, torch.optim.SGD(m.parameters(), 0.1))):
             with pytest.raises(
@@ -209,7 +196,7 @@ def check_sharded(rank):
 
 @pytest.mark.filterwarnings("ignore")
 def test_shards_are_refused_by_name(tmp_path):
-    on_two_ranks(check_sharded, tmp_path)
+    on_two_ranks(tmp_path, check_sharded)
 
 
 def test_one_process_needs_no_group():
