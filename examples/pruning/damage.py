@@ -23,7 +23,6 @@ LINES = {
     "magnitude": ("magnitude", {}),
     "OBD, Gauss-Newton": ("obd", {}),
     "OBD, Hutchinson": ("obd", {"curvature": "hutchinson"}),
-    "OBD, Hutchinson, 64 draws": ("obd", {"curvature": "hutchinson", "samples": 64}),
 }
 
 
