@@ -86,6 +86,30 @@ def test_snip_in_units(pattern):
             torch.testing.assert_close(scores, mean.flatten() / 2)
 
 
+def test_snip_in_blocks_of_32():
+    """Blocks at the edges are smaller; each goes by the mean of its gates, and all are ranked."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 96), nn.Tanh(), nn.Linear(96, 80), nn.Linear(80, 4)).double()
+    units, before = [], [w.clone() for w in weights(model)]
+    for layer, gate in enumerate(gate_gradients(model)):
+        for row in range(0, gate.shape[0], 32):
+            for col in range(0, gate.shape[1], 32):
+                block = gate[row : row + 32, col : col + 32].abs()
+                units.append((float(block.mean()), block.numel(), layer, row, col))
+    report = prune(model, "snip", 0.6, "block:32x32", **LOSS)
+    kept = {
+        (layer, row, col)
+        for _, _, layer, row, col in units
+        if weights(model)[layer][row : row + 32, col : col + 32].any()
+    }
+    out = [unit[0] for unit in units if unit[2:] not in kept]
+    best = {max(u for u in units if u[2] == layer)[2:] for layer in range(3)}
+    assert max(out) <= min(u[0] for u in units if u[2:] in kept and u[2:] not in best)
+    assert abs(report.sparsity - 0.6) < 1024 / report.total
+    for now, old in zip(weights(model), before):
+        assert bool(((now == old) | (now == 0)).all())
+
+
 def test_iterative_snip_measures_what_the_last_round_left():
     model, rounds = mlp(), 3
     by_hand = mlp()
