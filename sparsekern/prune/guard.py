@@ -86,7 +86,8 @@ class Guard:
         for slot in self.slots:
             gradients = [p.grad for p in slot.parameters if p.grad is not None]
             if gradients and self.watches():
-                self._observe(slot, sum(gradients[1:], gradients[0]) / scale)
+                gradient = sum(gradients[1:], gradients[0])
+                self._observe(slot, gradient if scale == 1 else gradient / scale)
             if not self.trains_dropped:
                 for gradient in gradients:
                     drop_(gradient, getattr(slot.layer.module, MASK))
