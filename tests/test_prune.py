@@ -245,22 +245,6 @@ def test_random_depends_on_the_seed_alone():
     assert not torch.equal(masks[0], masks[2])
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "block:4x4", "filter"])
-@pytest.mark.parametrize("method", ["random", "magnitude", "grasp", "snip", "wanda"])
-def test_pruning_again_takes_what_is_zero_first(method, pattern):
-    torch.manual_seed(1)
-    data = [(torch.randn(20, 12), torch.randint(0, 4, (20,)))]
-    options = {"pattern": pattern, "data": data, "loss_fn": nn.functional.cross_entropy}
-    once, model = mlp(), mlp()
-    wanted = prune(once, method, 0.8, **options).zeros
-    prune(model, method, 0.6, **options)
-    first = [w == 0 for w in weights(model)]
-    again = {"seed": 1} if method == "random" else {}
-    report = prune(model, method, 0.8, **options, **again)
-    assert abs(report.zeros - wanted) <= (0 if pattern == "unstructured" else 32)
-    assert all(bool((w[z] == 0).all()) for w, z in zip(weights(model), first))
-
-
 def test_random_does_not_favour_small_units():
     # Rows of 4 and of 400 weights: by their mean, only small units could be extreme.
     model = nn.Sequential(nn.Linear(4, 1000), nn.Linear(400, 1000))
@@ -400,22 +384,6 @@ def test_scores_that_are_nan_are_refused(pattern, monkeypatch):
     monkeypatch.setitem(METHODS, "broken", Broken)
     with pytest.raises(ValueError, match="expected scores without NaN in layer '0', got NaN"):
         prune(mlp(), "broken", pattern=pattern)
-
-
-@pytest.mark.parametrize(
-    ("method", "scope"), [("magnitude", "global"), ("random", "global"), ("wanda", "uniform")]
-)
-def test_more_than_2_to_the_24_weights(method, scope):
-    """A float32 count would stop there, and torch.quantile refuses as many."""
-    wide, small = nn.Linear(4097, 4096, bias=False), nn.Linear(4096, 3)
-    model = nn.Sequential(wide, small)
-    data = {"data": [torch.rand(2, 4097)]} if method == "wanda" else {}
-    report = prune(model, method, 0.9, scope=scope, **data)
-    total = 4097 * 4096 + 3 * 4096
-    assert total > 1 << 24 and report.total == total
-    counts = [math.floor(0.9 * n + 0.5) for n in (4097 * 4096, 3 * 4096)]
-    assert report.zeros == (sum(counts) if scope == "uniform" else math.floor(0.9 * total + 0.5))
-    assert report.zeros == zeros(wide.weight) + zeros(small.weight)
 
 
 def test_every_method_is_named_in_the_documentation():

@@ -48,15 +48,7 @@ def prepare(
     model = unwrapped(model)
     chosen, pattern = make_method(method, options), parse(pattern)
     _check_sparsity(sparsity, pattern)
-    if not chosen.one_shot and not training:
-        raise ValueError(
-            f"prune: expected a method that needs no training, got {method!r}; use "
-            f"Pruner(model, optimizer, method={method!r})"
-        )
-    if reason := chosen.misfit(pattern):
-        raise ValueError(f"prune: {reason}")
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"prune: expected loss_fn to be callable, got {type(loss_fn).__name__}")
+    _check_method(chosen, method, pattern, loss_fn, training)
     scope = chosen.scope if scope is None else scope
     layers, skipped = find_layers(model, targets, ignore, pattern)
     check_scope(scope, layers, pattern)
@@ -70,6 +62,18 @@ def prepare(
     task = _make_task(model, method, chosen.needs, data, loss_fn)
     task = replace(task, distributed=bool(distributed))
     return Job(chosen, pattern, scope, sparsity, layers, task), skipped
+
+
+def _check_method(chosen: Method, method: str, pattern: Pattern, loss_fn, training: bool) -> None:
+    if not chosen.one_shot and not training:
+        raise ValueError(
+            f"prune: expected a method that needs no training, got {method!r}; use "
+            f"Pruner(model, optimizer, method={method!r})"
+        )
+    if reason := chosen.misfit(pattern):
+        raise ValueError(f"prune: {reason}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"prune: expected loss_fn to be callable, got {type(loss_fn).__name__}")
 
 
 def _check_sparsity(sparsity: float | None, pattern: Pattern) -> None:
