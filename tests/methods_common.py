@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from sparsekern import patterns
@@ -48,6 +49,28 @@ LABELS = torch.randint(0, 4, (6,), generator=GENERATOR)
 
 def weights(model):
     return [m.weight.detach() for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+
+
+def loss_of(model, tensors, batches=BATCHES, loss=F.cross_entropy):
+    return [loss(functional_call(model, tensors, (x,)), y) for x, y in batches]
+
+
+def full_derivatives(model, batches, temperature=1.0):
+    """Gradient and Hessian of the mean loss by all weights as one vector."""
+    tensors = {n: p.detach() for n, p in model.named_parameters()}
+    names = [n for n, p in tensors.items() if p.ndim > 1]
+    flat = torch.cat([tensors[n].flatten() for n in names])
+
+    def loss(vector):
+        parts = vector.split([tensors[n].numel() for n in names])
+        put = {n: part.view_as(tensors[n]) for n, part in zip(names, parts)}
+        found = loss_of(
+            model, {**tensors, **put}, batches, lambda o, t: F.cross_entropy(o / temperature, t)
+        )
+        return sum(found) / len(found)
+
+    gradient = torch.autograd.functional.jacobian(loss, flat)
+    return flat, gradient, torch.autograd.functional.hessian(loss, flat)
 
 
 def measured(

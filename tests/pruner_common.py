@@ -66,6 +66,7 @@ CASES = {
     "rigl": schedules.Constant(0.5, 4, 16),
     "set": schedules.Constant(0.5, 4, 16),
     "movement": schedules.Cubic(0, 0.5, 3, 15, 3),
+    "soft_movement": schedules.Cubic(0, 0.5, 3, 15, 3),
     "srste": schedules.Constant(0.5, 1, 16),
 }
 

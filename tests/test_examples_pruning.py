@@ -51,7 +51,8 @@ def test_every_method_has_a_line():
 
     lines = (*catalog.AFTER, *catalog.START, *catalog.WHOLE)
     assert {line.method for line in lines} == set(METHODS)
-    every = (*lines, *catalog.SHAPED, *catalog.SNIP_MLP, *catalog.SNIP_CNN, *catalog.DYNAMIC)
+    others = catalog.SHAPED, catalog.GRAINS, catalog.SNIP_MLP, catalog.SNIP_CNN, catalog.DYNAMIC
+    every = (*lines, *(line for group in others for line in group))
     names = {}
     for line in every:
         assert names.setdefault(line.name, line) is line  # a name stands for one thing
@@ -59,16 +60,14 @@ def test_every_method_has_a_line():
 
 def test_accuracy_runs_every_line(tmp_path, capsys):
     import accuracy
-    import catalog
 
     records = execute(accuracy.EXPERIMENT, tmp_path / "lines.jsonl", "--sparsities", "0.9")
     found = {(r["key"]["line"], r["key"]["sparsity"]): r for r in records.done.values()}
-    assert len(found) == sum(len(line.sparsities or (0,)) for line in catalog.AFTER) + 1 + sum(
-        len(line.sparsities or (0,)) for line in (*catalog.START, *catalog.WHOLE, *catalog.SHAPED)
-    )
+    lines = [line for group in accuracy.GROUPS.values() for line in group]
+    assert len(found) == 1 + sum(len(line.sparsities or (0,)) for line in lines)
     for (name, sparsity), record in found.items():
         assert 0 <= record["accuracy"] <= 100
-        if name != "dense":
+        if not name.startswith("dense"):
             assert record["sparsity"] == pytest.approx(sparsity, abs=0.02), name
             assert record["converted_error"] < 1e-5, name
     assert found["dense", 0.0]["accuracy"] > 60  # the images can be told apart
@@ -167,6 +166,33 @@ def test_lottery_rewinds_to_the_first_weights(bench, tmp_path):
         assert [p["curve"] for p in chosen] != [p["curve"] for p in compared]
 
 
+def test_lottery_with_the_learning_rate_alone(bench):
+    import lottery
+
+    run = lottery.Lottery(bench, lottery.RATE_ALONE, seed=0)
+    first = run.model.fc1.weight.detach().clone()
+    points = []
+    for point in run.points():
+        points.append(point)
+        assert run.training.scheduler.last_epoch == run.training.steps
+    assert [p["line"] for p in points] == ["ticket"] * (lottery.ROUNDS + 1)
+    kept = run.pruner.masks["fc1"]
+    assert bool((run.model.fc1.weight[kept] != first[kept]).all())
+    plain = list(lottery.Lottery(bench, 0, seed=0).points())
+    assert points[0] == plain[0] and points[1]["curve"] != plain[1]["curve"]
+
+
+def test_damage_of_the_loss(tmp_path):
+    import damage
+
+    records = execute(damage.EXPERIMENT, tmp_path / "damage.jsonl")
+    (record,) = records.done.values()
+    rises = {(p["line"], p["sparsity"]): p["rise"] for p in record["points"]}
+    assert len(rises) == len(damage.LINES) * len(damage.GRID) and record["loss"] > 0
+    for line in ("magnitude", "OBD, Gauss-Newton"):
+        assert rises[line, damage.GRID[0]] < rises[line, damage.GRID[-1]]
+
+
 def test_lottery_rewinds_to_a_later_epoch(tmp_path):
     import lottery
 
@@ -176,6 +202,7 @@ def test_lottery_rewinds_to_a_later_epoch(tmp_path):
 
 
 def test_sensitivity_and_the_page(tmp_path):
+    import damage
     import gradual
     import lottery
     import page
@@ -184,15 +211,18 @@ def test_sensitivity_and_the_page(tmp_path):
     execute(sensitivity.EXPERIMENT, tmp_path / "sensitivity.jsonl", "--hold", "20")
     execute(gradual.EXPERIMENT, tmp_path / "lines.jsonl", "--sparsities", "0.9", "0.95")
     execute(lottery.EXPERIMENT, tmp_path / "lottery.jsonl")
-    regions = ("accuracy", "snip", "gradual", "rigl", "lottery", "sensitivity")
+    execute(damage.EXPERIMENT, tmp_path / "damage.jsonl")
+    regions = ("damage", "accuracy", "snip", "gradual", "rigl", "lottery", "sensitivity")
     text = "".join(f"<!-- {name}:start -->\n<!-- {name}:end -->\nby hand\n" for name in regions)
     target = tmp_path / "page.md"
     target.write_text(text)
     for _ in range(2):  # a second time nothing changes
         page.main(["--results", str(tmp_path), "--page", str(target)])
         written = target.read_text()
-        assert written.count("by hand") == 6
+        assert written.count("by hand") == 7
         assert "| small, dense | " in written and "(Zhu & Gupta 2017) | open " in written
+        assert "| ticket, learning rate alone | " in written
+        assert "| OBD, Gauss-Newton | " in written
         assert "| ResNet-8, by sensitivity | " in written and "| random mask | " in written
     for name in ("gradual-1", "lottery", "sensitivity"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
@@ -219,6 +249,8 @@ def test_verdicts_compare_equal_seeds():
         for seed, value in seeds.items()
     ]
     assert gaps(claim, points) == {0.9: [1.0, 0.5]}
+    rise = Claim("", "a rises less", "", "a", "b", "rise")
+    assert gaps(rise, [p._replace(metric="rise") for p in points]) == {0.9: [-1.0, -0.5]}
     assert verdict([1.0, 0.5]) == "yes" and verdict([-1.0, -0.5]) == "no"
     assert verdict([1.0, -0.5]) == "open" and verdict([1.0]) == "open"
 

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from methods_common import BATCHES, X, mlp, one_thread  # noqa: F401
+from methods_common import BATCHES, X, Y, mlp, one_thread  # noqa: F401
 from torch import nn
 from torch.nn import functional as F
 
 import sparsekern as sk
 from sparsekern import patterns
 from sparsekern.prune.methods import METHODS, make_method
+from sparsekern.prune.schedules import Constant, Cubic
 
 CASES = [
     (name, pattern)
@@ -33,6 +34,27 @@ def test_every_method_converts_to_the_same_outputs(method, pattern):
     model.eval()
     wanted = model(X)
     converted = sk.convert_to_sparse(model)
+    assert sk.report(converted).n_sparse >= 1
+    torch.testing.assert_close(converted(X), wanted)
+
+
+@pytest.mark.parametrize("mode", ["inference", "training"])
+@pytest.mark.parametrize("pattern", ["unstructured", "block:4x4", "1:4"])
+@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if not m.one_shot])
+def test_methods_of_training_convert_to_the_same_outputs(method, pattern, mode):
+    model, final = mlp(nn.ReLU), 0.75 if ":4" in pattern and "x" not in pattern else 0.85
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    moves = "movement" in method
+    schedule = Cubic(0.0, final, 1, 7) if moves else Constant(final, every=1, end=7)
+    pruner = sk.Pruner(model, optimizer, method, pattern=pattern, schedule=schedule)
+    for _ in range(9):
+        optimizer.zero_grad()
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
+        pruner.step()
+    assert pruner.finalize().sparsity == pytest.approx(final, abs=0.12)
+    wanted = model.eval()(X)
+    converted = sk.convert_to_sparse(model, mode=mode)
     assert sk.report(converted).n_sparse >= 1
     torch.testing.assert_close(converted(X), wanted)
 

@@ -353,10 +353,6 @@ def test_bad_models_are_refused():
         prune(nn.Sequential(nn.Linear(4, 4, device="meta")))
     with pytest.raises(ValueError, match="expected layer '0' to be initialized, got a lazy weight"):
         prune(nn.Sequential(nn.LazyLinear(4)))
-    model = nn.Linear(4, 4)
-    model.weight.device_mesh = "as a DTensor has"
-    with pytest.raises(ValueError, match="expected layer '' to hold its whole weight, got a shard"):
-        prune(model)
     with pytest.raises(ValueError, match=r"expected layer '' to be floating point, got torch.co"):
         prune(nn.Linear(4, 4, dtype=torch.complex64))
     with pytest.raises(ValueError, match="got '' has no weights"):

@@ -84,6 +84,18 @@ def test_wanda_is_its_formula_within_each_row():
         assert torch.equal(row, wanted)
 
 
+def test_wanda_in_vectors_of_eight_inputs():
+    layer, data = nn.Linear(24, 10), correlated()
+    before, norms = layer.weight.detach().clone(), torch.cat(data).norm(dim=0)
+    prune(layer, "wanda", 2 / 3, "vector:1x8", data=data)
+    for row, old in zip(layer.weight, before):
+        scores = [float((old * norms)[start : start + 8].abs().mean()) for start in (0, 8, 16)]
+        best = 8 * scores.index(max(scores))
+        wanted = torch.zeros_like(old)
+        wanted[best : best + 8] = old[best : best + 8]
+        assert torch.equal(row, wanted)
+
+
 def test_wanda_in_a_grouped_convolution_and_globally():
     torch.manual_seed(0)
     conv, x = (

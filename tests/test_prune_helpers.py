@@ -89,6 +89,19 @@ def test_a_ticket_rewinds_everything_and_trains_as_from_the_early_step(early):
     assert run.pruner.steps == 16 and run.pruner.report().sparsity == 0.75
 
 
+def test_a_warm_up_begins_anew_after_a_rewind():
+    run = Training(schedule=schedules.Iterative(0.75, rounds=2, every=6))
+    run.scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda t: min(1, (t + 1) / 4))
+    ticket, rates = run.ticket(), []
+    for _ in range(2):
+        pruned = False
+        while not pruned:
+            rates.append(run.optimizer.param_groups[0]["lr"])
+            pruned = run.step()
+        ticket.rewind()
+    assert rates[:6] == rates[6:] == pytest.approx([0.05, 0.1, 0.15, 0.2, 0.2, 0.2])
+
+
 def test_controls_of_the_lottery():
     schedule = schedules.OneShot(0.75, at=1)
     run = Training(schedule=schedule, pattern="block:4x4", scope="uniform")

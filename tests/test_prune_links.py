@@ -232,6 +232,41 @@ def test_best_order_against_all_partitions():
     assert all(0.97 < ratio <= 1 + 1e-12 for ratio in ratios) and max(ratios) > 1 - 1e-12
 
 
+def test_escapes_reach_the_best_partition_where_greedy_swaps_do_not():
+    """Against all partitions of 12 columns into three groups of 4 (5,775 of them)."""
+
+    def partitions(columns):
+        if not columns:
+            yield []
+            return
+        for rest in itertools.combinations(columns[1:], 3):
+            left = [c for c in columns[1:] if c not in rest]
+            for others in partitions(left):
+                yield [columns[0], *rest, *others]
+
+    orders = torch.tensor(list(partitions(list(range(12)))))
+    assert len(orders) == 5775
+    plain, escaped = [], []
+    for seed in range(6):
+        scores = torch.rand(6, 12, generator=torch.Generator().manual_seed(seed)).double() ** 2
+        best = float(scores[:, orders].unflatten(2, (-1, 4)).topk(2, 3).values.sum((0, 2, 3)).max())
+        for escapes, found in ((0, plain), (100, escaped)):
+            order = best_order(scores, 2, 4, 100, escapes)
+            assert sorted(order.tolist()) == list(range(12))
+            found.append(kept(scores[:, order], 2, 4) / best)
+        assert torch.equal(order, best_order(scores, 2, 4, 100, 100))  # draws from its own seed
+    assert min(escaped) > 1 - 1e-12 and max(escaped) < 1 + 1e-12 and min(plain) < 0.999
+    assert all(a <= b for a, b in zip(plain, escaped))
+
+
+def test_escapes_with_a_single_group_and_other_sizes():
+    scores = torch.rand(5, 4, dtype=torch.float64)
+    assert torch.equal(best_order(scores, 2, 4, 10, 10), torch.arange(4))
+    scores = torch.rand(8, 32, dtype=torch.float64) ** 3
+    found = [kept(scores[:, best_order(scores, 3, 8, 100, n)], 3, 8) for n in (0, 5, 50)]
+    assert found == sorted(found) and found[2] > found[0]
+
+
 def test_permuted_channels_compute_the_same_and_lose_less():
     model, plain = net(), net()
     wanted = model(IMAGES)
@@ -265,6 +300,7 @@ def test_permuted_channels_compute_the_same_and_lose_less():
             "permute_channels: expected an N:M pattern, got 2:4T",
         ),
         (permute_channels, {"rounds": 0}, "expected rounds to be an int >= 1, got 0"),
+        (permute_channels, {"escapes": -1}, "expected escapes to be an int >= 0, got -1"),
         (permute_channels, {"ignore": "x"}, "expected ignore to match a module, got 'x'"),
         (remove_dead_neurons, {"ignore": "x"}, "expected ignore to match a module, got 'x'"),
     ],

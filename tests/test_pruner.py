@@ -205,6 +205,33 @@ def test_steps_that_the_optimizer_skips_do_not_count():
     assert pruner.steps == 2 and pruner.report().sparsity == 0.5
 
 
+def scaled_step(model, optimizer, scaler, factor=1.0):
+    optimizer.zero_grad()
+    scaler.scale(F.cross_entropy(model(X), Y) * factor).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def test_fused_optimizers_skip_steps_and_scale_gradients_inside():
+    """GradScaler calls them with scaled gradients, and with Inf that makes them do nothing."""
+    results = {}
+    for method in ("magnitude", "movement", "soft_movement", "rigl", "srste"):
+        for fused in (False, True):
+            model = mlp()
+            optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=fused)
+            pruner = make_pruner(method, model, optimizer)
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            for step in range(22):
+                scaled_step(model, optimizer, scaler, math.inf if step in (2, 9) else 1.0)
+                pruner.step()
+            assert pruner.steps == 20, method
+            results[fused] = pruner.masks, weights(model)
+        for name, mask in results[True][0].items():
+            assert torch.equal(mask, results[False][0][name]), method
+        for mine, other in zip(results[True][1], results[False][1]):
+            torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
+
+
 def test_clipping_does_not_see_dropped_weights():
     model = mlp()
     optimizer = sgd(model)
@@ -297,54 +324,6 @@ def test_a_finalized_model_converts_to_the_same_outputs():
             RuntimeError, match=r"Pruner\..*: expected a pruner in use, got one fin"
         ):
             use()
-
-
-def _check_refit(part):
-    """A method that updates weights from data: the same on all ranks, as from all the data."""
-    model, whole = mlp(), mlp()
-    Pruner(model, sgd(model), "refit", 0.5, data=[X[part]])
-    mine = torch.cat([weight.flatten() for weight in weights(model)])
-    other = [torch.empty_like(mine) for _ in range(2)]
-    torch.distributed.all_gather(other, mine)
-    assert torch.equal(other[0], other[1])
-    sk.prune(whole, "refit", 0.5, data=[X[:24], X[24:]])
-    torch.testing.assert_close(mine, torch.cat([weight.flatten() for weight in weights(whole)]))
-
-
-def run_rank(rank, path):
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(path, 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    part = slice(24 * rank, 24 * rank + 24)
-    for method in ("rigl", "set", "snip"):
-        model = mlp()
-        optimizer = sgd(model)
-        options = {"data": [(X[part], Y[part])], "loss_fn": F.cross_entropy}
-        options = options if method == "snip" else {}
-        schedule = schedules.Constant(0.5, 2)
-        pruner = Pruner(model, optimizer, method, schedule=schedule, pattern="block:2x2", **options)
-        if method == "snip":
-            whole = mlp()
-            both = [(X[:24], Y[:24]), (X[24:], Y[24:])]
-            sk.prune(whole, "snip", 0.5, "block:2x2", data=both, loss_fn=F.cross_entropy)
-            assert all(torch.equal(a != 0, b != 0) for a, b in zip(weights(model), weights(whole)))
-        for _ in range(4):
-            optimizer.zero_grad()
-            F.cross_entropy(model(X[part]), Y[part]).backward()  # other gradients on each rank
-            optimizer.step()
-            pruner.step()
-        mine = torch.cat([mask.flatten() for mask in pruner.masks.values()]).int()
-        other = [torch.empty_like(mine) for _ in range(2)]
-        torch.distributed.all_gather(other, mine)
-        assert torch.equal(other[0], other[1])
-    _check_refit(part)
-    torch.distributed.destroy_process_group()
-
-
-def test_masks_are_the_same_on_every_rank(tmp_path):
-    torch.multiprocessing.start_processes(
-        run_rank, (str(tmp_path / "store"),), nprocs=2, start_method="fork"
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -36,6 +36,18 @@ def test_states_that_do_not_fit_are_refused_and_nothing_changes(change, message)
     assert all(torch.equal(a, b) for a, b in zip(state(model), before))
 
 
+def test_a_state_that_lacks_something_is_refused():
+    model = mlp()
+    pruner = make_pruner("rigl", model, sgd(model))
+    before = {name: mask.clone() for name, mask in pruner.masks.items()}
+    for key in ("steps", "generator", "layers"):
+        saved = pruner.state_dict()
+        del saved[key]
+        with pytest.raises(ValueError, match=f"expected a state with .'{key}'., got none"):
+            pruner.load_state_dict(saved)
+    assert all(torch.equal(mask, before[name]) for name, mask in pruner.masks.items())
+
+
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -69,7 +81,7 @@ def test_states_that_do_not_fit_are_refused_and_nothing_changes(change, message)
         (
             {"method": "movement"},
             ValueError,
-            "expected training steps before the first update of layer '0' by method 'movement'",
+            "expected training steps before the first update of layer '0' by movement pruning",
         ),
         (
             {"pattern": "2:4", "sparsity": 0.7},
@@ -117,6 +129,33 @@ def test_a_missing_gradient_is_named_and_the_update_changes_nothing():
     ):
         pruner.step()
     assert all(torch.equal(a, b) for a, b in zip(state(model), before))
+
+
+@pytest.mark.parametrize("method", ["rigl", "movement", "soft_movement", "srste", "magnitude"])
+def test_scores_that_become_nan_in_training_are_refused_and_masks_stay(method):
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    pruner = make_pruner(method, model, optimizer)
+    train(model, optimizer, pruner, 7)
+    masks = {name: mask.clone() for name, mask in pruner.masks.items()}
+    in_weights = method in ("srste", "magnitude")
+    if in_weights:
+        with torch.no_grad():
+            model[3].weight[masks["3"].nonzero()[0].tolist()] = math.nan
+    with pytest.raises(ValueError, match="expected scores without NaN in layer '3', got NaN"):
+        for _ in range(5):
+            masks = {name: mask.clone() for name, mask in pruner.masks.items()}
+            optimizer.zero_grad()
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            if not in_weights:
+                model[3].weight.grad[0, 0] = math.nan
+            optimizer.step()
+            before = state(model)
+            pruner.step()
+    assert all(torch.equal(mask, masks[name]) for name, mask in pruner.masks.items())
+    for now, old in zip(state(model), before):
+        torch.testing.assert_close(now, old, rtol=0, atol=0, equal_nan=True)
 
 
 def test_packed_masks_of_another_size():

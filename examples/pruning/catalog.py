@@ -6,11 +6,17 @@ there for the others.
 
 from functools import partial
 
-from lines import SLIMMING, Line, shares_of
+from lines import SLIMMING, Line, owl_shares, shares_of
+
+import sparsekern as sk
 
 LAST = ("fc3",)  # its units are the classes
 NORM = "LeNet-300-100, BatchNorm"
 UNITS = (0.5, 0.8)  # sparsities of whole units, whose columns in the next layer die as well
+L1, L2 = (
+    partial(sk.weight_penalty, strength=strength, p=p) for strength, p in ((1e-3, 1), (1e-3, 2))
+)
+SOFT = {"strength": 100.0, "lr": 0.1}  # scores have 75 steps to move
 
 DENSE = Line("dense")
 _after = partial(Line, when="after")
@@ -18,7 +24,7 @@ _units = partial(Line, when="after", pattern="filter", ignore=LAST, sparsities=U
 
 
 def _pattern(name: str, method: str, pattern: str, when: str = "after", **choices) -> Line:
-    fixed = (0.5,) if pattern == "2:4" else (0.9,)
+    fixed = (0.5,) if pattern.startswith("2:4") else (0.9,)
     full = f"{name}, {pattern}"
     return Line(full, method, when, pattern=pattern, sparsities=fixed, **choices)
 
@@ -31,14 +37,20 @@ AFTER = (
     _after("magnitude, ERK", "magnitude", scope="erk"),
     _after("magnitude, Han's thresholds", "magnitude", scope="std"),
     _after("magnitude, Han's rounds", "magnitude", scope="std", schedule="rounds"),
+    _after("magnitude, after L1", "magnitude", penalty=L1),
+    _after("magnitude, after L2", "magnitude", penalty=L2),
+    _after("magnitude, refitted", "magnitude", refitted=True),
     _after("Taylor", "taylor"),
     _after("OBD, Gauss-Newton", "obd"),
     _after("OBD, Hutchinson", "obd", options={"curvature": "hutchinson"}),
     _after("SNIP score after training", "snip"),
     _after("Wanda", "wanda"),
+    _after("Wanda, OWL", "wanda", scope=owl_shares),
     _after("SparseGPT", "sparsegpt"),
     _after("refit", "refit"),
+    _after("magnitude, while retraining", "magnitude", scope="uniform", schedule="late"),
     _after("movement", "movement", schedule="late"),
+    _after("soft movement", "soft_movement", schedule="late", options=SOFT),
 )
 STATIC = Line("random at start, uniform", "random", scope="uniform")
 STATIC_ERK = Line("random at start, ERK", "random", scope="erk")
@@ -77,6 +89,8 @@ SHAPED = (
     _pattern("magnitude", "magnitude", "block:4x4", scope="uniform"),
     _pattern("magnitude", "magnitude", "vector:4x1", scope="uniform"),
     _pattern("magnitude", "magnitude", "2:4"),
+    _pattern("magnitude, permuted", "magnitude", "2:4", permuted=True),
+    _pattern("magnitude", "magnitude", "2:4T"),
     _pattern("Wanda", "wanda", "vector:1x8"),
     _pattern("Wanda", "wanda", "2:4"),
     _pattern("SparseGPT", "sparsegpt", "vector:4x1"),
@@ -86,6 +100,17 @@ SHAPED = (
     _pattern("RigL", "rigl", "block:16x16", "start", schedule="updates"),
     _pattern("RigL", "rigl", "2:4", "start", schedule="updates"),
     _pattern("SR-STE", "srste", "2:4", "start", schedule="steps"),
+    _pattern("SR-STE", "srste", "2:4T", "start", schedule="steps"),
+)
+_resnet = partial(
+    Line, when="after", network="ResNet-8", scope="uniform", ignore=("fc",), sparsities=UNITS
+)
+GRAINS = (
+    Line("dense, ResNet-8", network="ResNet-8"),
+    *(
+        _resnet(f"ResNet-8, {pattern}", "magnitude", pattern=pattern)
+        for pattern in ("unstructured", "vector:4x1", "block:4x4", "kernel", "channel", "filter")
+    ),
 )
 SNIP_MLP = (
     SNIP,

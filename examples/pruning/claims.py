@@ -17,7 +17,8 @@ class Claim:
         source: Who claims it.
         better: Line that should be better.
         worse: Line that should be worse.
-        metric: `"accuracy"`, or `"pruned"` for that before any training after pruning.
+        metric: `"accuracy"`, `"pruned"` for that before any training after pruning, or `"rise"` of
+            the loss, of which less is better.
     """
 
     region: str
@@ -45,6 +46,26 @@ CLAIMS = (
           "Wanda", EQUAL, "pruned"),
     Claim("accuracy", f"SparseGPT {BEFORE} than Wanda", "Sun et al. 2023",
           "SparseGPT", "Wanda", "pruned"),
+    Claim("accuracy", "movement: soft beats hard", "Sanh et al. 2020",
+          "soft movement", "movement"),
+    Claim("accuracy", "soft movement beats magnitude on its schedule", "Sanh et al. 2020",
+          "soft movement", "magnitude, while retraining"),
+    Claim("accuracy", f"2:4: Wanda {BEFORE} than magnitude", "Sun et al. 2023",
+          "Wanda, 2:4", "magnitude, 2:4", "pruned"),
+    Claim("accuracy", f"OWL {BEFORE} than equal shares", "Yin et al. 2024",
+          "Wanda, OWL", "Wanda", "pruned"),
+    Claim("accuracy", f"L1 while training {BEFORE} than L2", "Han et al. 2015",
+          "magnitude, after L1", "magnitude, after L2", "pruned"),
+    Claim("accuracy", "L2 while training beats L1 once retrained", "Han et al. 2015",
+          "magnitude, after L2", "magnitude, after L1"),
+    Claim("accuracy", f"a refit by least squares {BEFORE}", "He et al. 2017",
+          "magnitude, refitted", "magnitude, global", "pruned"),
+    Claim("accuracy", f"2:4: permuting channels first {BEFORE}", "Pool & Yu 2021",
+          "magnitude, permuted, 2:4", "magnitude, 2:4", "pruned"),
+    Claim("accuracy", "convolutions: single weights beat kernels", "Mao et al. 2017",
+          "ResNet-8, unstructured", "ResNet-8, kernel"),
+    Claim("accuracy", "convolutions: kernels beat filters", "Mao et al. 2017",
+          "ResNet-8, kernel", "ResNet-8, filter"),
     Claim("accuracy", "gradual magnitude beats a random start", "Lee et al. 2024 (JaxPruner)",
           "gradual magnitude", FIXED),
     Claim("accuracy", "20 rounds of SNIP beat one", "Verdenius et al. 2020",
@@ -68,15 +89,20 @@ CLAIMS = (
           "gradual magnitude", "RigL, uniform"),
     Claim("lottery", "tickets beat new weights", FRANKLE, "ticket", "new weights"),
     Claim("lottery", "tickets beat random masks", FRANKLE, "ticket", "random mask"),
+    Claim("damage", "OBD loses less than magnitude", "LeCun et al. 1989",
+          "OBD, Gauss-Newton", "magnitude", "rise"),
+    Claim("lottery", "the learning rate alone does as well", "Renda et al. 2020",
+          "ticket, learning rate alone", "ticket"),
     Claim("lottery", "rewinding to epoch 1 beats epoch 0", "Frankle et al. 2020",
           "ticket, to epoch 1", "ticket"),
 )  # fmt: skip
 
 
 def gaps(claim: Claim, points: Sequence[Point]) -> dict[float, list[float]]:
-    """Differences better - worse by sparsity, one for each seed that both lines have."""
+    """By how much one line is better, by sparsity; a number for each seed that both lines have."""
     sides = []
-    for name in (claim.better, claim.worse):
+    order = (claim.better, claim.worse)
+    for name in order[::-1] if claim.metric == "rise" else order:
         own = [p for p in points if p.line == name and p.metric == claim.metric]
         sides.append({(p.sparsity, p.seed): p.value for p in own})
     found: dict[float, list[float]] = {}

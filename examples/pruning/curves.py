@@ -9,6 +9,7 @@ from results import Point, series, summary
 from sparsekern.measure.table import percent
 
 MARKERS = "osD^vPX*<>"
+STYLES = ("-", ":", "-.")  # of each ten lines
 RANGE = 30  # points of accuracy that a figure shows; networks that died lie below
 
 
@@ -47,7 +48,7 @@ def draw(
             [deviation for _, deviation, _ in line.values()],
             label=name,
             color="0.3" if dashed else next(colours),
-            linestyle="--" if dashed else "-" if number < 10 else ":",
+            linestyle="--" if dashed else STYLES[number // 10],
             marker=next(marks),
             markersize=4,
             linewidth=1.2,

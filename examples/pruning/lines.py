@@ -39,6 +39,8 @@ class Line:
         ignore: Layers that stay dense.
         sparsities: Instead of those asked for: what a pattern fixes.
         penalty: Added to the loss of the dense training.
+        permuted: Channels are reordered for the pattern first (`sk.permute_channels`).
+        refitted: What is left is refitted to the dense network (`sk.reconstruct`).
         small: A dense network with as many weights as the sparsity leaves.
         images: Training images, if fewer than asked for.
     """
@@ -54,6 +56,8 @@ class Line:
     ignore: tuple[str, ...] = ()
     sparsities: tuple[float, ...] = ()
     penalty: Callable | None = None
+    permuted: bool = False
+    refitted: bool = False
     small: bool = False
     images: int | None = None
 
@@ -69,7 +73,7 @@ class Line:
         model, epochs = self._model(bench, sparsity, seed)
         data = bench.data.first(self.images)
         training = Training(model, data, bench.options, epochs, seed)
-        pruner = self._pruner(training, sparsity, seed, bench) if self.method else None
+        pruner = self._pruned(training, sparsity, seed, bench) if self.method else None
         one_shot = self.when == "after" and self.schedule is None
         pruned = accuracy(model, data.test) if one_shot else None
         for _ in training.epochs(pruner, self._grown()):
@@ -99,6 +103,17 @@ class Line:
     def _grown(self) -> Callable | None:
         """The penalty of a network that is trained from its start."""
         return self.penalty if self.when == "start" else None
+
+    def _pruned(self, training: Training, sparsity: float, seed: int, bench: Bench) -> sk.Pruner:
+        """Prune the network, or begin to, and do what goes before and after."""
+        model = training.model
+        dense = copy.deepcopy(model) if self.refitted else None
+        if self.permuted:
+            sk.permute_channels(model, self.pattern)
+        pruner = self._pruner(training, sparsity, seed, bench)
+        if dense is not None:
+            sk.reconstruct(model, dense, bench.scoring(seed), progress=False)
+        return pruner
 
     def _pruner(self, training: Training, sparsity: float, seed: int, bench: Bench) -> sk.Pruner:
         batches, model = bench.scoring(seed), training.model
@@ -146,6 +161,11 @@ def experiment(lines: Sequence[Line], **defaults) -> Experiment:
         return named[key["line"]].run(bench, key["sparsity"], key["seed"])
 
     return Experiment("lines", keys, run, defaults)
+
+
+def owl_shares(model: nn.Module, sparsity: float, batches: list) -> dict[str, float]:
+    """A scope: more for layers with outliers, a layer being a block; the spread fits the budget."""
+    return sk.owl(model, batches, sparsity, spread=min(0.08, (1 - sparsity) / 2))
 
 
 def shares_of(method: str, **options) -> Callable:

@@ -27,8 +27,10 @@ BASELINES = (
     "random after training", "magnitude, layer by layer", "random at start, uniform",
     "random units", "random mask", "random, LeNet-5", "small, dense",
 )  # fmt: skip
-TICKETS = ("ticket", "ticket, to epoch 1", "new weights", "random mask")
-REWOUND = {0: "", 1: ", to epoch 1"}
+TICKETS = (
+    "ticket", "ticket, to epoch 1", "ticket, learning rate alone", "new weights", "random mask",
+)  # fmt: skip
+REWOUND = {0: "", 1: ", to epoch 1", "rate": ", learning rate alone"}
 
 
 def mean_text(found: tuple[float, float, int]) -> str:
@@ -96,7 +98,8 @@ class Page:
         lines = Records(self.folder / "lines.jsonl")
         for name, experiment in OF_LINES.items() if lines.done else ():
             found[name] = self._of_lines(name, experiment.GROUPS, lines)
-        for name, write in (("lottery", self._lottery), ("sensitivity", self._sensitivity)):
+        others = ("damage", self._damage), ("lottery", self._lottery)
+        for name, write in (*others, ("sensitivity", self._sensitivity)):
             records = Records(self.folder / f"{name}.jsonl")
             if records.done:
                 found[name] = write(records)
@@ -109,7 +112,7 @@ class Page:
         for number, (title, lines) in enumerate(groups.items(), 1):
             names = [line.name for line in lines if series(found, line.name)]
             several = any(len(series(found, name)) > 1 for name in names)
-            own = "dense, LeNet-5" in names
+            own = any(name.startswith("dense, ") for name in names)
             if several:
                 file = self.folder / f"{region}-{number}.png"
                 draw(file, title, found, names, BASELINES, None if own else dense)
@@ -117,6 +120,15 @@ class Page:
             if names:
                 parts.append(f"**{title}**\n\n{lines_table(found, names)}")
         return "\n\n".join([*parts, *claims_table(region, found), source(records)])
+
+    def _damage(self, records: Records) -> str:
+        found = points(records)
+        names = list(dict.fromkeys(point.line for point in found))
+        lines = {name: series(found, name, "rise") for name in names}
+        columns = sorted({s for line in lines.values() for s in line})
+        rows = [[name, *(mean_text(line[s]) for s in columns)] for name, line in lines.items()]
+        parts = [table(["", *map(percent, columns)], rows), *claims_table("damage", found)]
+        return "\n\n".join([*parts, source(records)])
 
     def _lottery(self, records: Records) -> str:
         found = points(records, lambda key: REWOUND[key["rewind"]])

@@ -8,14 +8,15 @@ from records import Records
 
 
 class Point(NamedTuple):
-    """One accuracy of one network.
+    """One figure of one network.
 
     Attributes:
         line: What was done to the network.
         sparsity: Share of zeros that was asked for.
         seed: Of weights and data order.
-        metric: `"accuracy"` after all training, `"pruned"` right after pruning.
-        value: Percent of the test images.
+        metric: `"accuracy"` after all training, `"pruned"` right after pruning, both in percent of
+            the test images; `"rise"` of the training loss by pruning, in percent of it.
+        value: The number.
     """
 
     line: str
@@ -32,7 +33,7 @@ def points(records: Records, suffix: Callable[[dict], str] = lambda key: "") -> 
         key = record["key"]
         for point in record.get("points", [{**record, **key}]):
             place = point["line"] + suffix(key), round(point["sparsity"], 4), key["seed"]
-            for metric in ("accuracy", "pruned"):
+            for metric in ("accuracy", "pruned", "rise"):
                 if point.get(metric) is not None:
                     found.append(Point(*place, metric, point[metric]))
     return found

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..patterns import Pattern
 from .job import prepare
@@ -21,16 +21,18 @@ def prune(
     targets: type | Sequence[type] = (nn.Linear, nn.Conv2d),
     ignore: str | type | Iterable[str | type] = (),
     progress: bool | None = None,
+    distributed: bool | None = None,
     **method_options,
 ) -> PruneReport:
     """Set the least important weights of a model to zero, in place.
 
     Everything is checked before anything changes, and a failure on the way puts the weights back.
-    The result is deterministic: equal scores are decided by index. In a distributed run give every
-    rank the same data; a `Pruner` averages over ranks with data of their own.
+    The result is deterministic: equal scores are decided by index. Weights that are 0 already go
+    first, whatever their score, so that pruning again comes to the sparsity that is asked for.
 
     Args:
-        model: Any module; a single layer has the name "". Layers stay on their devices. A weight
+        model: Any module, also one in `DistributedDataParallel` (layers go by their names inside),
+            but none in FSDP; a single layer has the name "". Layers stay on their devices. A weight
             that several modules share is pruned once.
         method: From weights alone: `"magnitude"`, `"lp"`, `"fpgm"`, `"slimming"` and `"random"`.
             From inputs: `"wanda"`, `"sparsegpt"`, `"refit"`, `"apoz"` and `"synflow"` (of which
@@ -56,6 +58,10 @@ def prune(
         ignore: Layers to leave alone, by name, glob, name of a module around them, or type.
         progress: Show a progress bar over stages or rounds; None shows it in a terminal when there
             are many.
+        distributed: Every rank calls `prune`, with data of its own: gradients and statistics are
+            averaged over the ranks, and all prune alike. None: for a model in
+            `DistributedDataParallel`. Without it nothing is exchanged, and ranks with other data
+            get other masks.
         **method_options: Fields of the method's class, as `seed=` or `percdamp=`.
 
     Returns:
@@ -67,8 +73,14 @@ def prune(
             a Hessian that cannot be factored.
         TypeError: An argument of the wrong type, or an unknown method option.
     """
-    job, skipped = prepare(
-        model, method, sparsity, pattern, scope, data, loss_fn, targets, ignore, method_options
-    )
-    replace(job, progress=progress).run()
+    common = (pattern, scope, data, loss_fn, targets, ignore, method_options)
+    job, skipped = prepare(model, method, sparsity, *common, distributed=distributed)
+    layers = [replace(layer, alive=_nonzero(layer.weight)) for layer in job.layers]
+    replace(job, layers=layers, progress=progress).run()
     return make_report(method, job.pattern, job.scope, job.layers, skipped)
+
+
+def _nonzero(weight: Tensor) -> Tensor | None:
+    """What earlier prunings left; None if that is everything."""
+    alive = weight != 0
+    return None if bool(alive.all()) else alive

@@ -17,6 +17,7 @@ class Guard:
     Attributes:
         stepped: The optimizer made a step that was not counted yet.
         method: Says what it wants to see, and whether dropped weights are trained.
+        now: Gives the method as it is at the present step, for `observe`.
         slots: The layers.
         watches: Says whether the method sees the gradients of the coming step.
         is_over: Says whether the schedule has made its last update.
@@ -25,11 +26,13 @@ class Guard:
     def __init__(
         self,
         method: Method,
+        now: Callable[[], Method],
         slots: Sequence[Slot],
         watches: Callable[[], bool],
         is_over: Callable[[], bool],
     ):
-        self.method, self.slots, self.watches, self.is_over = method, slots, watches, is_over
+        self.method, self.now, self.slots = method, now, slots
+        self.watches, self.is_over = watches, is_over
         self.stepped = self._paused = False
 
     @property
@@ -77,10 +80,14 @@ class Guard:
 
     @torch.no_grad()
     def _before_step(self, optimizer, args, kwargs) -> None:
+        if _is_skipped(optimizer):
+            return
+        scale = _scale_of_gradients(optimizer)
         for slot in self.slots:
             gradients = [p.grad for p in slot.parameters if p.grad is not None]
             if gradients and self.watches():
-                self._observe(slot, sum(gradients[1:], gradients[0]))
+                gradient = sum(gradients[1:], gradients[0])
+                self._observe(slot, gradient if scale == 1 else gradient / scale)
             if not self.trains_dropped:
                 for gradient in gradients:
                     drop_(gradient, getattr(slot.layer.module, MASK))
@@ -88,15 +95,17 @@ class Guard:
                 slot.put_back()
                 pull = slot.layer.oriented(slot.held)
                 for gradient in gradients:
-                    gradient.add_(pull.to(gradient), alpha=self.method.decay)
+                    gradient.add_(pull.to(gradient), alpha=self.method.decay * scale)
 
     def _observe(self, slot: Slot, gradient: Tensor) -> None:
         slot.put_back()
-        slot.seen = self.method.observe(slot.layer, slot.layer.oriented(gradient), slot.seen)
+        slot.seen = self.now().observe(slot.layer, slot.layer.oriented(gradient), slot.seen)
         zero_out(slot.layer, slot.mask)
 
     @torch.no_grad()
     def _after_step(self, optimizer, args, kwargs) -> None:
+        if _is_skipped(optimizer):
+            return
         self.stepped = True
         for slot in self.slots:
             if self.trains_dropped:
@@ -104,3 +113,15 @@ class Guard:
             else:
                 zero_out(slot.layer, slot.mask)
             self.method.settle(self.model, slot.layer, slot.mask)
+
+
+def _is_skipped(optimizer) -> bool:
+    """Say whether a fused optimizer will find Inf or NaN and do nothing (GradScaler tells it)."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found > 0)
+
+
+def _scale_of_gradients(optimizer) -> float:
+    """Factor that is still in the gradients: fused optimizers take it out in their own kernel."""
+    scale = getattr(optimizer, "grad_scale", None)
+    return 1.0 if scale is None else float(scale)

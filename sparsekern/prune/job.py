@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ..patterns import NM, Pattern, parse
 from ..progress import track
@@ -14,33 +15,40 @@ from .calibration import Calibration, evaluating
 from .data import read_batches
 from .methods import make_method
 from .methods.base import Method, zero_out
-from .targets import Layer, find_layers, restored_on_error
+from .targets import Layer, find_layers, restored_on_error, unwrapped
 from .task import Task
 
 DEFAULT_SPARSITY = 0.9
 
 
 def prepare(
-    model, method, sparsity, pattern, scope, data, loss_fn, targets, ignore, options, training=False
+    model,
+    method,
+    sparsity,
+    pattern,
+    scope,
+    data,
+    loss_fn,
+    targets,
+    ignore,
+    options,
+    training=False,
+    distributed=None,
 ) -> tuple["Job", dict[str, str]]:
     """Check everything a pruning needs, before anything changes.
 
-    Arguments are those of `prune`; `training` allows methods that work during training only.
+    Arguments are those of `prune`; `training` allows methods that work during training only. Of a
+    model in `DistributedDataParallel` the layers have the names that they have in the model inside.
 
     Returns:
         The job, and the layers left out with the reason.
     """
+    if distributed is None:
+        distributed = isinstance(model, DistributedDataParallel)
+    model = unwrapped(model)
     chosen, pattern = make_method(method, options), parse(pattern)
     _check_sparsity(sparsity, pattern)
-    if not chosen.one_shot and not training:
-        raise ValueError(
-            f"prune: expected a method that needs no training, got {method!r}; use "
-            f"Pruner(model, optimizer, method={method!r})"
-        )
-    if reason := chosen.misfit(pattern):
-        raise ValueError(f"prune: {reason}")
-    if loss_fn is not None and not callable(loss_fn):
-        raise TypeError(f"prune: expected loss_fn to be callable, got {type(loss_fn).__name__}")
+    _check_method(chosen, method, pattern, loss_fn, training)
     scope = chosen.scope if scope is None else scope
     layers, skipped = find_layers(model, targets, ignore, pattern)
     check_scope(scope, layers, pattern)
@@ -52,7 +60,20 @@ def prepare(
     if sparsity is None and not isinstance(scope, Mapping):
         sparsity = pattern.sparsity if isinstance(pattern, NM) else DEFAULT_SPARSITY
     task = _make_task(model, method, chosen.needs, data, loss_fn)
+    task = replace(task, distributed=bool(distributed))
     return Job(chosen, pattern, scope, sparsity, layers, task), skipped
+
+
+def _check_method(chosen: Method, method: str, pattern: Pattern, loss_fn, training: bool) -> None:
+    if not chosen.one_shot and not training:
+        raise ValueError(
+            f"prune: expected a method that needs no training, got {method!r}; use "
+            f"Pruner(model, optimizer, method={method!r})"
+        )
+    if reason := chosen.misfit(pattern):
+        raise ValueError(f"prune: {reason}")
+    if loss_fn is not None and not callable(loss_fn):
+        raise TypeError(f"prune: expected loss_fn to be callable, got {type(loss_fn).__name__}")
 
 
 def _check_sparsity(sparsity: float | None, pattern: Pattern) -> None:
@@ -140,6 +161,7 @@ class Job:
         else:
             indices, totals = range(len(self.layers)), dict(enumerate(totals))
             masks = self._each_layer(self.method.mask, indices, self._budget(), totals)
+        self.task.agree(masks)
         for layer, mask in zip(self.layers, masks):
             zero_out(layer, mask)
             self.method.settle(self.task.model, layer, mask)
@@ -154,7 +176,7 @@ class Job:
         for layer, units in zip(self.layers, self._rank(scores)):
             weight = layer.weight
             mask = self.pattern.expand(units, weight.shape).to(weight.device)
-            masks.append(mask if layer.alive is None else mask & layer.alive)
+            masks.append(_own(mask if layer.alive is None else mask & layer.alive))
         return masks
 
     def _run_in_stages(self) -> list[Tensor]:
@@ -168,6 +190,7 @@ class Job:
             for stage in self._track(runs.stages):
                 totals = self._gather(runs, stage)
                 found = self._each_layer(self.method.prune_layer, stage, budget, totals)
+                self.task.agree([*found, *(self.layers[i].weight for i in stage)])
                 masks.update(zip(stage, found))
         return [masks[i] for i in range(len(self.layers))]
 
@@ -206,5 +229,10 @@ class Job:
                 by_row = self.method.by_row and not self._ranks_globally
                 mask = act(layer, self.pattern, kept, totals.get(i), by_row)
             budget.settle(i, int(mask.count_nonzero()))
-            masks.append(mask)
+            masks.append(_own(mask))
         return masks
+
+
+def _own(mask: Tensor) -> Tensor:
+    """The mask in memory of its own: one of whole filters may be a row shown many times."""
+    return mask.contiguous()

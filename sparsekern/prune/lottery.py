@@ -17,6 +17,8 @@ class LotteryTicket:
     Frankle & Carbin 2019, arXiv:1803.03635; rewinding to a step k > 0: arXiv:1903.01611,
     arXiv:1912.05671. What is remembered: parameters and buffers (BatchNorm statistics), the
     optimizer's state, the learning-rate schedule, and the random state that decides the data order.
+    A warm-up, without which deep networks hold no tickets (1803.03635, section 4), is part of the
+    schedule and begins anew.
 
     ```python
     schedule = sk.schedules.Iterative(0.9, rounds=5, every=1000)

@@ -27,7 +27,8 @@ def owl(
     The outlier share of a block is that of its weights with `|w| ||x||` above `threshold` times the
     block's mean. Densities of the blocks are an affine map of it, with a range of `2 spread` and
     the wanted mean over all weights. A block is what shares a name up to the first number, as for
-    Wanda; with equal blocks the result is the paper's.
+    Wanda; with equal blocks the result is the paper's. In a distributed run give every rank the
+    same data.
 
     Args:
         model: Any module.

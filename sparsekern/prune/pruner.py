@@ -11,13 +11,14 @@ from ..patterns import NM, Pattern
 from . import sync
 from .guard import Guard
 from .job import DEFAULT_SPARSITY, Job, prepare
-from .methods.base import zero_out
+from .methods.base import Method, zero_out
 from .report import PruneReport, make_report
 from .schedules import Schedule
 from .slots import MASK, Slot
-from .targets import Layer, parameters_of, restored_on_error
+from .targets import Layer, parameters_of, restored_on_error, unwrapped
 
 FORMAT = 1
+KEYS = ("format", "method", "pattern", "steps", "stepped", "pruned", "generator", "layers")
 
 
 class Pruner:
@@ -39,13 +40,14 @@ class Pruner:
     `optimizer.step()`, so neither momentum nor weight decay revives them; the optimizer's state at
     dropped and at regrown weights is cleared. Steps that the optimizer skips (GradScaler) do not
     count. Everything is deterministic, and identical on all ranks of a distributed run: scores and
-    gradients are averaged over them. Every rank must hold whole weights (DDP, not FSDP).
+    gradients are averaged over them, data may be a shard on each, and every rank must make the
+    Pruner and step it. Every rank must hold whole weights (DDP, not FSDP).
 
     To resume, build model, optimizer and Pruner as before and load the three state_dicts, in any
     order: training goes on bit by bit as if it had never stopped.
 
     Attributes:
-        model: The model.
+        model: The model; the one inside, if it came in a `DistributedDataParallel`.
         optimizer: Its optimizer.
         schedule: The schedule.
         steps: Optimizer steps so far.
@@ -73,7 +75,8 @@ class Pruner:
         Args:
             model: Model on the device it trains on.
             optimizer: Holds the weights of at least one layer.
-            method: Those of `prune`, and `"rigl"`, `"set"`, `"movement"` and `"srste"`.
+            method: Those of `prune`, and `"rigl"`, `"set"`, `"movement"`, `"soft_movement"` and
+                `"srste"`.
             sparsity: That of the schedule's end; default the schedule's, the pattern's, or 0.9.
             pattern: As for `prune`. N:M under a gradual schedule passes through (N + k):M.
             scope: As for `prune`. The sparsities of a dict grow in step with the schedule.
@@ -92,20 +95,23 @@ class Pruner:
         """
         _check_types(optimizer, schedule)
         final = _final_sparsity(sparsity, schedule)
-        self.model, self.optimizer, self.steps = model, optimizer, 0
+        self.model, self.optimizer, self.steps = unwrapped(model), optimizer, 0
         self._name = method
         common = (pattern, scope, data, loss_fn, targets, ignore, method_options)
-        self._job, self._skipped = prepare(model, method, final, *common, training=True)
+        self._job, self._skipped = prepare(
+            model, method, final, *common, training=True, distributed=True
+        )
         if sparsity is None and isinstance(self._job.scope, Mapping):
             self._job = replace(self._job, sparsity=None)
-        self._job = replace(self._job, task=replace(self._job.task, distributed=True))
         self.schedule = schedule or self._default_schedule()
-        self._slots = [Slot(la, parameters_of(model, la)) for la in self._job.layers]
+        self._slots = [Slot(la, parameters_of(self.model, la)) for la in self._job.layers]
         self._check_free()
         self._finished = self._pruned = False
         self._undo: list[tuple[Tensor, int]] | None = None
-        self._guard = Guard(self._job.method, self._slots, self._watches, self._is_over)
-        self._guard.attach(model, optimizer)
+        self._guard = Guard(
+            self._job.method, self._method_now, self._slots, self._watches, self._is_over
+        )
+        self._guard.attach(self.model, optimizer)
         try:
             self._begin()
         except BaseException:
@@ -265,6 +271,8 @@ class Pruner:
             raise RuntimeError(f"Pruner.{what}: expected a pruner in use, got one finalized")
 
     def _check_state(self, state: Mapping) -> None:
+        if lost := [key for key in KEYS if key not in state]:
+            raise ValueError(f"Pruner.load_state_dict: expected a state with {lost}, got none")
         names = [slot.layer.name for slot in self._slots]
         own = {"format": FORMAT, "method": self._name, "pattern": str(self._job.pattern)}
         for key, wanted in (*own.items(), ("layers", names)):
@@ -293,6 +301,9 @@ class Pruner:
         last = self.schedule.last
         return last is not None and self.steps >= last
 
+    def _method_now(self) -> Method:
+        return self._job.method.at(self.steps, self.schedule)
+
     def _watches(self) -> bool:
         watches = self._job.method.watches
         if watches == "updates":
@@ -311,7 +322,6 @@ class Pruner:
                 slot.layer.weight.clone() if method.returning else None for slot in self._slots
             ]
             masks = self._choose(sparsity)
-        sync.broadcast(masks)
         for slot, mask, values in zip(self._slots, masks, dense):
             self._install(slot, mask)
             if method.returning and not self._is_over():
@@ -340,7 +350,7 @@ class Pruner:
             job = replace(job, sparsity=sparsity)
         alive = self._pruned and not job.method.returning
         layers = [replace(s.layer, alive=s.mask.clone() if alive else None) for s in self._slots]
-        method = job.method.at(self.steps, self.schedule)
+        method = self._method_now()
         seen = tuple(slot.seen for slot in self._slots) if method.watches else None
         if seen is not None:
             sync.average(tensor for tensor in seen if tensor is not None)

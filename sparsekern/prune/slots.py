@@ -36,7 +36,7 @@ class Slot:
         layer: The layer.
         parameters: Its weight, and other parameters over the same memory.
         held: Values of the dropped weights, `(out, in, *kernel)`, 0 where kept; None if not needed.
-        seen: What the method observed, `(out, in, *kernel)`, or None.
+        seen: What the method observed, `(..., out, in, *kernel)`, or None.
     """
 
     layer: Layer
@@ -117,7 +117,7 @@ class Slot:
         dropped = mask.numel() - int(mask.count_nonzero())
         if held is not None and held.shape != (dropped,):
             raise ValueError(f"{where}: expected {dropped} held values, got {tuple(held.shape)}")
-        if seen is not None and seen.shape != weight.shape:
+        if seen is not None and seen.shape[-weight.ndim :] != weight.shape:
             raise ValueError(f"{where}: expected seen like the weight, got {tuple(seen.shape)}")
         if held is not None:
             values = torch.zeros_like(weight)

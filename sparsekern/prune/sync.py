@@ -21,14 +21,14 @@ def average(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(packed / dist.get_world_size())
 
 
-def broadcast(masks: Iterable[Tensor]) -> None:
-    """Replace each boolean mask by that of rank 0, in place.
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by that of rank 0, in place; nothing in a single process.
 
     Ranks compute the same masks from the same numbers; this guards against devices that round
-    differently.
+    differently, and against random generators that differ.
     """
     if is_distributed():
-        for mask in masks:
-            packed = mask.to(torch.uint8)
+        for tensor in tensors:
+            packed = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous()
             dist.broadcast(packed, 0)
-            mask.copy_(packed.bool())
+            tensor.copy_(packed)

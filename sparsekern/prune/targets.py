@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.conv import _ConvTransposeNd as _Transposed
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedTensorMixin
 
 from ..patterns import Pattern
@@ -51,6 +52,11 @@ def is_conv1d_of_transformers(module: nn.Module) -> bool:
     return named and hasattr(module, "nf")
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Give the model inside of a `DistributedDataParallel`, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 def parameters_of(model: nn.Module, layer: Layer) -> list[nn.Parameter]:
     """List the parameters over a layer's memory: its own, and others tied to it by memory alone."""
     own = layer.module.weight
@@ -76,6 +82,7 @@ def find_layers(model, targets, ignore, pattern: Pattern) -> tuple[list[Layer], 
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"prune: expected a torch.nn.Module, got {type(model).__name__}")
+    _refuse_shards(model)
     kinds = _check_targets(targets)
     owners = _owners(model)
     entries = check_ignore(model, ignore)
@@ -110,6 +117,30 @@ def restored_on_error(layers: Iterable[Layer]) -> Iterator[None]:
         raise
 
 
+def _refuse_shards(model: nn.Module) -> None:
+    """Refuse weights of which each rank holds a part: a mask needs the whole.
+
+    Told by the marks that FSDP leaves, so that torch.distributed.fsdp need not be imported. Both
+    of its forms can leave a weight as a flat or an empty one on some ranks.
+    """
+    for name, module in model.named_modules():
+        if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__):
+            _refuse_shard(name or "(model)", "FullyShardedDataParallel")
+        for own, parameter in module._parameters.items():
+            full = f"{name}.{own}" if name else own
+            if hasattr(parameter, "device_mesh"):
+                _refuse_shard(full, "a DTensor, as fully_shard makes")
+            if hasattr(parameter, "_fsdp_flattened") or hasattr(parameter, "_is_flat_param"):
+                _refuse_shard(full, "a part of FullyShardedDataParallel's flat parameter")
+
+
+def _refuse_shard(name: str, got: str) -> None:
+    raise ValueError(
+        f"prune: expected whole weights on every rank, got {name!r}: {got} (FSDP is not supported; "
+        "prune before sharding, or train with DistributedDataParallel)"
+    )
+
+
 def _check_targets(targets) -> tuple[type, ...]:
     kinds = targets if isinstance(targets, tuple | list) else (targets,)
     for kind in kinds:
@@ -135,11 +166,6 @@ def _weight_key(name: str, module: nn.Module):
         raise ValueError(
             f"prune: expected layer {name!r} to hold its weight as a plain parameter, got one that "
             "is computed (a parametrization?); remove that first or ignore the layer"
-        )
-    if hasattr(weight, "device_mesh"):  # a DTensor
-        raise ValueError(
-            f"prune: expected layer {name!r} to hold its whole weight, got a shard of it (FSDP is "
-            "not supported)"
         )
     if isinstance(weight, UninitializedTensorMixin):
         raise ValueError(f"prune: expected layer {name!r} to be initialized, got a lazy weight")

@@ -20,7 +20,7 @@ class Task:
         model: The model, changed by nothing here.
         batches: Data, held in memory.
         loss_fn: `loss_fn(output, target)` giving a scalar; the target is None if there was none.
-        distributed: Average sums over all ranks.
+        distributed: Average what is measured over all ranks, and prune alike on all of them.
     """
 
     model: nn.Module
@@ -117,6 +117,11 @@ class Task:
         """Average over the ranks in place, if this task is distributed."""
         if self.distributed:
             sync.average(tensors)
+
+    def agree(self, tensors: Sequence[Tensor]) -> None:
+        """Take over what rank 0 has, in place, if this task is distributed."""
+        if self.distributed:
+            sync.broadcast(tensors)
 
 
 def _parameters(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Parameter]:

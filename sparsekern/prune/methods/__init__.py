@@ -17,6 +17,7 @@ from .set import SET
 from .skeletonization import Skeletonization
 from .slimming import Slimming
 from .snip import SNIP
+from .soft_movement import SoftMovement
 from .sparsegpt import SparseGPT
 from .srste import SRSTE
 from .synflow import SynFlow
@@ -38,6 +39,7 @@ METHODS: dict[str, type[Method]] = {
     "skeletonization": Skeletonization,
     "slimming": Slimming,
     "snip": SNIP,
+    "soft_movement": SoftMovement,
     "sparsegpt": SparseGPT,
     "srste": SRSTE,
     "synflow": SynFlow,

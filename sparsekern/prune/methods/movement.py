@@ -15,7 +15,8 @@ class Movement(Method):
     """Score `-sum of (dL/dw) w` over the steps of fine-tuning (Sanh et al. 2020, eq. 4).
 
     arXiv:2005.07683: what training the scores with the straight-through estimator comes to, up to a
-    factor that no ranking sees. Dropped weights keep their values aside, their scores go on, and
+    factor that no ranking sees, if plain SGD trains them (Adam, as in the authors' code: see
+    `soft_movement`). Dropped weights keep their values aside, their scores go on, and
     they may return. For fine-tuning a pretrained model with a gradual schedule that starts after
     some steps; per layer, as published.
     """
@@ -38,6 +39,6 @@ class Movement(Method):
         if total is None:
             raise ValueError(
                 f"prune: expected training steps before the first update of layer {layer.name!r} "
-                "by method 'movement', got none; use a schedule that starts later"
+                "by movement pruning, got none; use a schedule that starts later"
             )
         return total

@@ -27,7 +27,9 @@ class OptimalBrainDamage(Method):
     * `"gauss-newton"`: `(J^T S u)^2` with `S S^T` the Hessian of the loss by the outputs, never
       negative. It is Levenberg-Marquardt's approximation, which the paper makes, too. A loss must
       treat the samples (dimension 0 of the output) on their own.
-    * `"hutchinson"`: `v (H v)` with the full Hessian; negative estimates count as 0.
+    * `"hutchinson"`: `v (H v)` with the full Hessian. Negative estimates count by their size, as in
+      AdaHessian (Yao et al. 2021, arXiv:2006.00719): near a minimum they are noise, which is as
+      large as the curvature around a weight, and as 0 they would drop half of what matters.
 
     Attributes:
         curvature: One of these.
@@ -62,7 +64,7 @@ class OptimalBrainDamage(Method):
 
     def score(self, layer: Layer, total: Tensor | None) -> Tensor:
         """Score by the quadratic term of the loss."""
-        return total.clamp(min=0) * layer.weight.double() ** 2 / 2
+        return total.abs() * layer.weight.double() ** 2 / 2
 
 
 def _hutchinson(task: Task, layers, output, target, generator, samples) -> Iterator[list[Tensor]]:
