@@ -59,7 +59,10 @@ def half(tmp_path_factory):
     libraries = [f for folder in library_paths() for f in ("-L", folder, f"-Wl,-rpath,{folder}")]
     libraries += ["-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
     target = str(out / "_C_cuda.abi3.so")
-    run("g++", *flags, *build.CUDA_SOURCES, *libraries, "-o", target, cwd=ROOT)
+    # Our kernels as plain C++, see stubs/emulated.h.
+    emulated = ["-DSPARSEKERN_EMULATED", f"-I{STUBS}", "-O1", build.KERNEL_OPS]
+    emulated += [f for kernel in build.KERNELS for f in ("-x", "c++", kernel)]
+    run("g++", *flags, *build.CUDA_SOURCES, *emulated, *libraries, "-o", target, cwd=ROOT)
     for name, soname in (("cusparse", "libcusparse.so.12"), ("cusparselt", "libcusparseLt.so.0")):
         linking = ["-fvisibility=default", f"-Wl,-soname,{soname}", "-o", str(out / soname)]
         run("g++", *flags, str(STUBS / f"{name}.cpp"), *linking)

@@ -48,6 +48,14 @@ def device_facts(index: int) -> Device:
     )
 
 
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for the CPU, where tests run kernels."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def device_fault(device: Device, needed: tuple[int, int]) -> str:
     """Say why a device cannot run our kernels at all; empty when it can."""
     if device.hip:

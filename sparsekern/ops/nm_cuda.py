@@ -1,4 +1,4 @@
-"""nm_linear and its gradients on CUDA: cuSPARSELt, our Triton kernels, or dense, by timing.
+"""nm_linear and its gradients on CUDA: cuSPARSELt, our kernels, or dense, by timing.
 
 The weight gradient is a dense product of which the kept positions are collected. The input gradient
 runs on the transposed weight packed as 2:4 where its mask is 2:4, too, else on the dense one.
@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cslt
+from . import cslt, own_cuda
 from ._library import CUDA, check_activation
 from .cuda_choice import run_fastest, shape_key
+from .cuda_packed import packed_record
 from .cuda_support import (
     Record,
     aligned,
@@ -42,6 +43,16 @@ def kernel_fault(device) -> str:
 
 def _kernels(x: Tensor) -> bool:
     return not kernel_fault(device_facts(x.device.index)) and x.dtype != torch.float64
+
+
+def _own(x: Tensor, rows: int, n: int, m: int) -> bool:
+    """Whether our CUDA kernel takes a product; states once when the device or build has none."""
+    if (n, m) != (2, 4) or not own_cuda.takes(x, rows):
+        return False
+    fault = own_cuda.kernel_fault(device_facts(x.device.index))
+    if fault:
+        state_once(f"nm_linear goes without our CUDA kernel: {fault}")
+    return not fault
 
 
 def expand(values: Tensor, index: Tensor, channels: int, n: int, m: int) -> Tensor:
@@ -110,6 +121,10 @@ def _linear_ways(x, values, index, bias, plan, n, m, activation) -> dict:
 
         arguments = (x, aligned(values), index, (rows, cols, n, m), bias, activation)
         ways["decode"] = lambda: nm_decode(*arguments)
+    held = packed_record(plan, values, ("own", x.dtype)) if _own(x, rows, n, m) else None
+    if held is not None:
+        own = (x, values.contiguous(), index, bias, activation, held)
+        ways["mma.sp"] = lambda: own_cuda.nm_linear(*own)
     packed = _packed_way(plan, values, x, rows, cols, n, m)
     if packed is not None:
         contiguous = values.contiguous()
@@ -130,11 +145,9 @@ def _packed_way(plan, values, x, rows, cols, n, m, kind: str = "forward"):
     if fault:
         state_once(f"nm_linear goes without cuSPARSELt: {fault}")
         return None
-    if plan is None or values.is_inference():
-        # Nothing to keep a packed weight with, or no counter that tells when it is out of date.
+    held = packed_record(plan, values, (kind, x.dtype))
+    if held is None:
         return None
-    record = recall(plan) or remember(plan, Record())
-    held = record.packed.setdefault((kind, x.dtype), cslt.Packed())
     return lambda make_dense: cslt.packed_weight(held, values, make_dense)
 
 

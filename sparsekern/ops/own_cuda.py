@@ -1,0 +1,113 @@
+"""Our own CUDA kernels for few tokens (csrc/cuda/decode_*.cu): when they can run, and the calls.
+
+They take weights of 16 bits and up to 64 tokens, packed once per weight (see cuda_packed).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _load
+from ._library import ACTIVATIONS  # by their number in csrc/cuda/decode.h
+from .csr_packed import csr_lists, slice_width, two_four_and_rest
+from .cuda_packed import Packed, keep_place, packed_weight
+from .cuda_support import capturing, device_fault, half_fault, multiprocessors, refuse
+from .nm_packed import UNIT_COLS, nm_pack
+
+MAX_TOKENS = 64
+GATHER_TOKENS = 16  # each eight tokens read the lists again
+DTYPES = (torch.bfloat16, torch.float16)
+# Densities between which a form can be shorter than the dense weight, with something to spare.
+GATHER_DENSITY = (0.0, 0.5)
+REST_DENSITY = (0.15, 0.7)
+MAX_SIZE = 1 << 24
+MAX_PACKED = 16  # to sort the lists takes longer than some dense products
+_OPS = torch.ops.sparsekern
+
+
+def kernel_fault(device) -> str:
+    """Say why our CUDA kernels cannot be used on a device; empty when they can."""
+    return device_fault(device, (8, 0)) or half_fault() or build_fault()
+
+
+def build_fault() -> str:
+    """Say why the compiled CUDA half has no kernels of ours; empty when it has them."""
+    reason = _load.cuda_half()[0].build_info()["kernels"]
+    return f"expected CUDA kernels compiled by nvcc, got none: {reason}" if reason else ""
+
+
+def takes(x: Tensor, rows: int) -> bool:
+    """Whether tokens and sizes are what the kernels are for; `x` is `(tokens, in)`."""
+    fits = 0 < x.shape[0] <= MAX_TOKENS and max(rows, x.shape[1]) < MAX_SIZE
+    return fits and x.dtype in DTYPES
+
+
+def nm_split(tokens: int, rows: int, cols: int, processors: int) -> int:
+    """Into how many parts to cut the sums so that blocks fill the device; see decode_nm.cu."""
+    strips, slices = (1, 8) if tokens <= 8 else (2, 4) if tokens <= 16 else (4, 2)
+    tiles = -(-rows // (32 * strips))
+    chunks = -(-cols // (UNIT_COLS * slices))
+    # A second kernel adds the parts up: not for the sake of the last few processors.
+    wanted = 1 if tiles >= 0.8 * processors else -(-processors // tiles)
+    share = -(-chunks // min(wanted, chunks, 16))
+    return -(-chunks // share)
+
+
+def nm_linear(x: Tensor, values, index, bias, activation: str, held: Packed) -> Tensor:
+    """act(x W^T + b) for x `(tokens, in)` and a 2:4 weight; `(tokens, out)`."""
+    cols = x.shape[1]
+
+    def pack(old):
+        return keep_place(old, (nm_pack(values, index, cols),))
+
+    (packed,) = packed_weight(held, values, pack)
+    rows = index.shape[0]
+    split = nm_split(x.shape[0], rows, cols, multiprocessors(x.device))
+    code = ACTIVATIONS.index(activation)
+    return _OPS._own_nm_decode(x, packed, bias, rows, code, split)
+
+
+def csr_ways(x: Tensor, rows: int, nnz: int) -> list[str]:
+    """The ways of ours that can win for a weight of this density."""
+    density, found = nnz / (rows * x.shape[1]), []
+    if x.shape[0] <= GATHER_TOKENS and GATHER_DENSITY[0] < density <= GATHER_DENSITY[1]:
+        found.append("gather")
+    if REST_DENSITY[0] <= density <= REST_DENSITY[1]:
+        found.append("2:4 + rest")
+    return found
+
+
+def csr_linear(way: str, x: Tensor, values, crow, col, bias, activation: str, held: Packed):
+    """act(x W^T + b) for x `(tokens, in)` and a CSR weight; `(tokens, out)`. `way`: see csr_ways."""
+    rows, cols = crow.numel() - 1, x.shape[1]
+
+    def pack(old):
+        if capturing(x):  # it reads a size back
+            refuse("csr_linear", "one product before the capture", "a weight to be packed")
+        held.times += 1
+        if held.times > MAX_PACKED:
+            held.tensors = None
+            refuse("csr_linear", "a weight that stays", f"one that changed {MAX_PACKED} times")
+        return keep_place(old, _pack_csr(way, values, crow, col, cols))
+
+    words, starts, *rest = packed_weight(held, values, pack)
+    packed = rest[0] if rest else None
+    split = nm_split(x.shape[0], rows, cols, multiprocessors(x.device)) if rest else 1
+    code = ACTIVATIONS.index(activation)
+    return _OPS._own_csr_decode(
+        x, words, starts, packed, bias, rows, slice_width(cols), code, split
+    )
+
+
+def _pack_csr(way: str, values: Tensor, crow: Tensor, col: Tensor, cols: int) -> tuple:
+    rows = crow.numel() - 1
+    row = torch.repeat_interleave(
+        torch.arange(rows, device=crow.device), crow.diff().long(), output_size=col.numel()
+    )
+    col = col.long()
+    if way == "gather":
+        return csr_lists(values, row, col, rows, cols)
+    slot_values, index, rest = two_four_and_rest(values, row, col, rows, cols)
+    lists = csr_lists(values[rest], row[rest], col[rest], rows, cols)
+    return (*lists, nm_pack(slot_values, index, cols))
