@@ -29,6 +29,8 @@ struct Shape {
   static constexpr int kDepth = kTiles <= 2 ? 2 : 1;  // units a warp is ahead
   static constexpr int kShared = kStages * kStage;
   static_assert(kSlices * kTokens * kSumPitch * 4 <= kShared, "the sums take the place of x");
+  static_assert(kShared <= 163 * 1024, "one block on an A100");
+  static_assert(2 * (kShared + 1024) <= 228 * 1024, "two blocks on an H200");
 };
 
 struct Nm {
@@ -43,32 +45,19 @@ struct Unit {
   Words metadata, fragment[2][4];  // 16 rows, 32 columns
 };
 
-// Eight numbers of x, zeros past its end. Rows that are not aligned are read number by number.
-SPARSEKERN_DEVICE void stage_piece(const DecodeTask& t, unsigned char* to, int token, int col) {
-  const uint16_t* x = static_cast<const uint16_t*>(t.x);
-  const int left = token < t.tokens ? t.cols - col : 0;
-  if (t.cols % 8 == 0) {
-    const int64_t at = static_cast<int64_t>(token) * t.cols + col;
-    copy_async(to, left > 0 ? x + at : x, left > 0 ? 16 : 0);
-    return;
-  }
-  Words piece;
-  for (int i = 0; i < 4; ++i) {
-    const int64_t at = static_cast<int64_t>(token) * t.cols + col + 2 * i;
-    const uint32_t low = 2 * i < left ? x[at] : 0, high = 2 * i + 1 < left ? x[at + 1] : 0;
-    piece.w[i] = low | high << 16;
-  }
-  *reinterpret_cast<Words*>(to) = piece;
-}
-
+// The columns of a chunk for all tokens; zeros past the end of x, whose rows are aligned.
 template <int kTiles>
-SPARSEKERN_DEVICE void stage_x(const DecodeTask& task, unsigned char* stage, int chunk) {
+SPARSEKERN_DEVICE void stage_x(const DecodeTask& t, unsigned char* stage, int chunk) {
   using S = Shape<kTiles>;
-  constexpr int kPieces = S::kCols / 8;
+  constexpr int kPieces = S::kCols / 8;  // of 16 bytes
+  const uint16_t* x = static_cast<const uint16_t*>(t.x);
 #pragma unroll 2  // more at a time cost registers that the weights need
   for (int i = 0; i < S::kTokens * kPieces / kThreads; ++i) {
     const int n = i * kThreads + thread(), token = n / kPieces, piece = n % kPieces;
-    stage_piece(task, stage + token * S::kPitch + piece * 16, token, chunk * S::kCols + piece * 8);
+    const int col = chunk * S::kCols + piece * 8;
+    const bool there = token < t.tokens && col < t.cols;
+    copy_async(stage + token * S::kPitch + piece * 16, there ? x + token * t.cols + col : x,
+               there ? 16 : 0);
   }
 }
 

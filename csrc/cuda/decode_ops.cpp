@@ -21,9 +21,11 @@ DecodeTask decode_task(const std::string& op, const Tensor& x, const std::option
   const int64_t tokens = x.size(0), cols = x.size(1);
   if (tokens < 1 || tokens > kNmTokens)
     fail(op, "1 to " + std::to_string(kNmTokens) + " rows of x", std::to_string(tokens));
+  // Places in x and its gathers are 32-bit numbers.
   if (rows < 1 || cols < 1 || rows >= 1 << 24 || cols >= 1 << 24)
     fail(op, "a weight of 1 to 16777215 rows and columns",
          std::to_string(rows) + " x " + std::to_string(cols));
+  if (cols % 8) fail(op, "x padded to a multiple of 8 columns", std::to_string(cols));
   if (activation < 0 || activation > static_cast<int>(Activation::kGeluTanh))
     fail(op, "activation 0 to 4", std::to_string(activation));
   if (bias) {

@@ -65,7 +65,12 @@ def nm_linear(x: Tensor, values, index, bias, activation: str, held: Packed) -> 
     rows = index.shape[0]
     split = nm_split(x.shape[0], rows, cols, multiprocessors(x.device))
     code = ACTIVATIONS.index(activation)
-    return _OPS._own_nm_decode(x, packed, bias, rows, code, split)
+    return _OPS._own_nm_decode(_padded(x), packed, bias, rows, code, split)
+
+
+def _padded(x: Tensor) -> Tensor:
+    """With rows that begin at 16 bytes; no copy where they do."""
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % 8)) if x.shape[1] % 8 else x
 
 
 def csr_ways(x: Tensor, rows: int, nnz: int) -> list[str]:
@@ -96,7 +101,7 @@ def csr_linear(way: str, x: Tensor, values, crow, col, bias, activation: str, he
     split = nm_split(x.shape[0], rows, cols, multiprocessors(x.device)) if rest else 1
     code = ACTIVATIONS.index(activation)
     return _OPS._own_csr_decode(
-        x, words, starts, packed, bias, rows, slice_width(cols), code, split
+        _padded(x), words, starts, packed, bias, rows, slice_width(cols), code, split
     )
 
 
