@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from sparsekern._load import native_status
+from sparsekern.ops.own_cuda import build_fault
 from sparsekern.measure import hardware
 from sparsekern.measure.energy import load_nvml
 from sparsekern.measure.nvml import MEMORY_CLOCK, SM_CLOCK
@@ -84,6 +85,7 @@ def header(device: torch.device) -> dict[str, object]:
         }
     status = native_status()
     found["halves"] = {name: half["reason"] or "loaded" for name, half in status.items()}
+    found["kernels for few tokens"] = build_fault() or "compiled by nvcc"
     return found
 
 

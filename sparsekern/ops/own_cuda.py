@@ -28,11 +28,13 @@ _OPS = torch.ops.sparsekern
 
 def kernel_fault(device) -> str:
     """Say why our CUDA kernels cannot be used on a device; empty when they can."""
-    return device_fault(device, (8, 0)) or half_fault() or build_fault()
+    return device_fault(device, (8, 0)) or build_fault()
 
 
 def build_fault() -> str:
-    """Say why the compiled CUDA half has no kernels of ours; empty when it has them."""
+    """Say why kernels of ours are not built, on any device; empty when they are."""
+    if half_fault():
+        return half_fault()
     reason = _load.cuda_half()[0].build_info()["kernels"]
     return f"expected CUDA kernels compiled by nvcc, got none: {reason}" if reason else ""
 
