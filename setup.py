@@ -1,7 +1,7 @@
 """Builds `_C` (CPU) always and `_C_cuda` where CUDA headers and a CUDA torch are found.
 
-Our own CUDA kernels (csrc/cuda/*.cu) become a part of `_C_cuda` where nvcc is found as well; without
-them it works through the libraries alone.
+Our own CUDA kernels (csrc/cuda/*.cu) become a part of `_C_cuda` where nvcc is found as well;
+without them it works through the libraries alone.
 
 Force the CUDA choice with SPARSEKERN_CUDA=0 or SPARSEKERN_CUDA=1 (which also builds beside a CPU
 torch; the result then only links). Headers are looked for in SPARSEKERN_CUDA_INCLUDE (folders,
@@ -59,6 +59,7 @@ KERNEL_FLAGS = [
     *("-gencode", "arch=compute_80,code=sm_80"),
     *("-gencode", "arch=compute_90,code=[sm_90,compute_90]"),
 ]
+SYSTEM = ["-lrt", "-lpthread", "-ldl"]  # of the static CUDA runtime
 NVCC_VERSION = (12, 5)  # the first that knows mma.sp::ordered_metadata
 # Why there are none; the numbers go to csrc/cuda/module.cpp, which has the same words.
 NO_NVCC, OLD_NVCC, NO_RUNTIME, NVCC_FAILED = 1, 2, 3, 4
@@ -104,25 +105,32 @@ def nvcc_choice(home: str = CUDA_HOME) -> tuple[list[str], str, int]:
 def add_kernels(extension, folder: Path) -> None:
     """Compile our kernels with nvcc and add them to the CUDA half, or the number of the reason."""
     tools, _, fault = nvcc_choice()
-    objects = []
-    for source in KERNELS if tools else ():
-        objects.append(str(folder / f"{Path(source).stem}.o"))
+    objects = [str(folder / f"{Path(source).stem}.o") for source in KERNELS]
+    if tools:
+        nvcc, runtime = tools
         folder.mkdir(parents=True, exist_ok=True)
-        command = [tools[0], *KERNEL_FLAGS, "-c", source, "-o", objects[-1]]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            fault = NVCC_FAILED
-            print(done.stdout + done.stderr)
-            print(f"sparsekern: CUDA half without kernels of our own: nvcc failed on {source}")
-            break
+        commands = [[nvcc, *KERNEL_FLAGS, "-c", s, "-o", o] for s, o in zip(KERNELS, objects)]
+        # Linked alone first: whatever is wrong with them must not take the libraries along.
+        trial = ["-shared", "-cudart", "none", "-Xlinker", "--no-undefined", *objects, runtime]
+        commands.append([nvcc, *trial, *SYSTEM, "-o", str(folder / "trial.so")])
+        fault = 0 if all(map(succeeds, commands)) else NVCC_FAILED
     if fault:
         extension.extra_compile_args["cxx"].append(f"-DSPARSEKERN_NO_KERNELS={fault}")
         return
     extension.sources.append(KERNEL_OPS)
     extension.extra_objects = objects
     # Ours alone: a process may have a shared runtime as well, torch's.
-    hidden = f"-Wl,--exclude-libs,{Path(tools[1]).name}"
-    extension.extra_link_args += [tools[1], "-lrt", "-lpthread", "-ldl", hidden]
+    hidden = f"-Wl,--exclude-libs,{Path(runtime).name}"
+    extension.extra_link_args += [runtime, *SYSTEM, hidden]
+
+
+def succeeds(command: list[str]) -> bool:
+    """Run a step of the kernels' build; say what failed."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        print(f"sparsekern: CUDA half without kernels of our own: nvcc failed at {command[-1]}")
+    return done.returncode == 0
 
 
 def cuda_include_dirs() -> list[str]:

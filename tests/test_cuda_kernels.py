@@ -10,9 +10,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from test_cuda_build import setup_py
 
 import sparsekern
-from test_cuda_build import setup_py
 
 ROOT = Path(sparsekern.__file__).parent.parent
 pytestmark = [

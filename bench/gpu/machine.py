@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from sparsekern._load import native_status
-from sparsekern.ops.own_cuda import build_fault
 from sparsekern.measure import hardware
 from sparsekern.measure.energy import load_nvml
 from sparsekern.measure.nvml import MEMORY_CLOCK, SM_CLOCK
+from sparsekern.ops.own_cuda import build_fault
 
 LOST = 86  # exit code of a process whose GPU context is gone
 ROOT = Path(__file__).parents[2]

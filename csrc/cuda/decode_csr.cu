@@ -1,4 +1,5 @@
-// Parts of x W^T for few tokens and an unstructured weight of 16 bits, by gathers from shared memory.
+// Parts of x W^T for few tokens and an unstructured weight of 16 bits, by gathers from shared
+// memory.
 //
 // The weight is a list of 4-byte words, value above column, per slice of columns and row; lists
 // begin at 16 bytes (sparsekern/ops/csr_packed.py). Eight lanes take a row, four words a lane at a
@@ -44,8 +45,8 @@ SPARSEKERN_DEVICE void store_column<1>(int i, const Column<1>& column) {
   reinterpret_cast<uint16_t*>(shared())[i] = static_cast<uint16_t>(column.w[0]);
 }
 
-// x of kTokens tokens and the columns of a slice, transposed, and a column of zeros. In the place of
-// tokens that are not there stands the first one again: what comes of them is not stored.
+// x of kTokens tokens and the columns of a slice, transposed, and a column of zeros. In the place
+// of tokens that are not there stands the first one again: what comes of them is not stored.
 template <int kTokens>
 SPARSEKERN_DEVICE void stage_slice(const DecodeTask& t, int width, int first, int token) {
   const uint16_t* x = static_cast<const uint16_t*>(t.x);

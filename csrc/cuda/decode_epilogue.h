@@ -26,10 +26,8 @@ SPARSEKERN_DEVICE uint16_t finished(float sum, const DecodeTask& task, int row) 
 template <class T>
 SPARSEKERN_DEVICE void store_sum(float sum, const DecodeTask& task, int part, int token, int row) {
   const int64_t at = static_cast<int64_t>(token) * task.rows + row;
-  if (task.parts)
-    task.parts[static_cast<int64_t>(part) * task.tokens * task.rows + at] = sum;
-  else
-    static_cast<uint16_t*>(task.y)[at] = finished<T>(sum, task, row);
+  if (task.parts) task.parts[static_cast<int64_t>(part) * task.tokens * task.rows + at] = sum;
+  else static_cast<uint16_t*>(task.y)[at] = finished<T>(sum, task, row);
 }
 
 }  // namespace gpu

@@ -49,8 +49,8 @@ DecodeTask decode_task(const std::string& op, const Tensor& x, const std::option
 // Memory for several parts of y, none for a single one, which goes into y as it is.
 std::optional<Tensor> parts_of(const Tensor& x, DecodeTask& task, int64_t parts) {
   if (parts == 1) return std::nullopt;
-  const Tensor made = torch::stable::new_empty(x, {parts, task.tokens, task.rows},
-                                               ScalarType::Float);
+  const Tensor made =
+      torch::stable::new_empty(x, {parts, task.tokens, task.rows}, ScalarType::Float);
   task.parts = made.mutable_data_ptr<float>();
   return made;
 }

@@ -78,12 +78,13 @@ SPARSEKERN_DEVICE Words load_matrices(const void* row) {
   return r;
 }
 
-#define SPARSEKERN_MMA_SP(type)                                                                  \
-  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type ".f32" \
-               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3},"       \
-               " %12, %13;"                                                                       \
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                   \
-               : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b.w[0]), "r"(b.w[1]),    \
+#define SPARSEKERN_MMA_SP(type)                                                                \
+  asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." type "." type     \
+               ".f32"                                                                          \
+               " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3},"    \
+               " %12, %13;"                                                                    \
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                \
+               : "r"(a.w[0]), "r"(a.w[1]), "r"(a.w[2]), "r"(a.w[3]), "r"(b.w[0]), "r"(b.w[1]), \
                  "r"(b.w[2]), "r"(b.w[3]), "r"(metadata), "n"(kSelector))
 
 struct Bfloat16 {
@@ -134,8 +135,8 @@ const char* launch(void (*kernel)(Arguments), Grid grid, int threads, int shared
   cudaError_t status = cudaSetDevice(device);
   const void* function = reinterpret_cast<const void*>(kernel);
   if (status == cudaSuccess && shared_bytes > 48 * 1024)
-    status = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  shared_bytes);
+    status =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   void* list[] = {&arguments};
   if (status == cudaSuccess)
     status = cudaLaunchKernel(function, dim3(grid.x, grid.y, grid.z), dim3(threads), list,

@@ -12,7 +12,8 @@ PyObject* free_plan(PyObject*, PyObject* number) {
   return PyBool_FromLong(sparsekern::free_plan(n));
 }
 
-// Why the kernels for few tokens are not in this build (the numbers of setup.py); empty if they are.
+// Why the kernels for few tokens are not in this build (the numbers of setup.py); empty if they
+// are.
 #ifndef SPARSEKERN_NO_KERNELS
 #define SPARSEKERN_NO_KERNELS 0
 #endif

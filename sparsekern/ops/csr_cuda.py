@@ -180,9 +180,7 @@ def _own_ways(x, values, crow, col, bias, plan, activation) -> dict:
         return {}
 
     def way(name, held):
-        return lambda: own_cuda.csr_linear(
-            name, x, values, crow, col, bias, activation, held
-        )
+        return lambda: own_cuda.csr_linear(name, x, values, crow, col, bias, activation, held)
 
     held = {name: packed_record(plan, values, (name, x.dtype)) for name in names}
     return {name: way(name, place) for name, place in held.items() if place is not None}

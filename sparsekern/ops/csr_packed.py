@@ -7,8 +7,8 @@ lie in different banks: the order in a list gives the lanes such columns, as lon
 
 `two_four_and_rest`: of each four columns of a row, the first two weights go into a 2:4 weight and
 are multiplied by the tensor cores, the third and fourth into lists. At 50 % zeros a fifth of the
-weights are left over, at 70 % a thirteenth: 1.5 and 1.2 bytes a weight instead of 2, with nothing to
-spread.
+weights are left over, at 70 % a thirteenth: 1.5 and 1.2 bytes a weight instead of 2, with nothing
+to spread.
 """
 
 import torch
@@ -43,7 +43,7 @@ def csr_lists(values: Tensor, row: Tensor, col: Tensor, rows: int, cols: int):
     length = torch.bincount(which, minlength=lists)
     starts = _before((length + WORDS - 1) // WORDS)
     place = torch.arange(col.numel(), device=col.device) - _before(length)[which]
-    # Of 32 words, the lanes take the first eight at once, then the next; a lane's four lie together.
+    # Of 32 words, the lanes take eight at once; the four that a lane takes lie together.
     lap = place // (LANES * WORDS) * (LANES * WORDS)
     lanes = ((length[which] - lap + WORDS - 1) // WORDS).clamp(max=LANES)
     at = starts[which] * WORDS + lap + (place - lap) % lanes * WORDS + (place - lap) // lanes

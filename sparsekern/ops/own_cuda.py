@@ -86,7 +86,7 @@ def csr_ways(x: Tensor, rows: int, nnz: int) -> list[str]:
 
 
 def csr_linear(way: str, x: Tensor, values, crow, col, bias, activation: str, held: Packed):
-    """act(x W^T + b) for x `(tokens, in)` and a CSR weight; `(tokens, out)`. `way`: see csr_ways."""
+    """act(x W^T + b) for x `(tokens, in)` and a CSR weight, by one of the ways of `csr_ways`."""
     rows, cols = crow.numel() - 1, x.shape[1]
 
     def pack(old):
