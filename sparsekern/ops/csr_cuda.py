@@ -15,7 +15,7 @@ from . import own_cuda
 from ._library import CUDA, check_activation, check_indices
 from .cuda_choice import run_fastest, shape_key
 from .cuda_libraries import CUSPARSE, find_library
-from .cuda_packed import packed_record
+from .cuda_packed import PackedWay, packed_record
 from .cuda_support import (
     Record,
     aligned,
@@ -180,7 +180,8 @@ def _own_ways(x, values, crow, col, bias, plan, activation) -> dict:
         return {}
 
     def way(name, held):
-        return lambda: own_cuda.csr_linear(name, x, values, crow, col, bias, activation, held)
+        arguments = (name, x, values, crow, col, bias, activation, held)
+        return PackedWay(lambda: own_cuda.csr_linear(*arguments), held)
 
     held = {name: packed_record(plan, values, (name, x.dtype)) for name in names}
     return {name: way(name, place) for name, place in held.items() if place is not None}

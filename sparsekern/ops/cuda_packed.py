@@ -24,7 +24,8 @@ class Packed:
         tensors: Always the same memory.
         source: Storage, offset and version of the values; None while unknown.
         stream: Where it was packed, and `done` the event of it.
-        times: How often, where someone counts.
+        pinned: A captured graph reads it.
+        changes: How often it was packed again for other values.
     """
 
     tensors: tuple[Tensor, ...] | None = None
@@ -32,7 +33,25 @@ class Packed:
     storage: StorageWeakRef | None = None
     stream: int = 0
     done: torch.cuda.Event | None = None
-    times: int = 0
+    pinned: bool = False
+    changes: int = 0
+
+    def release(self) -> None:
+        """Give the memory back; the next use packs again."""
+        if not self.pinned:
+            self.tensors = self.source = None
+
+
+@dataclass(frozen=True)
+class PackedWay:
+    """A way to compute a product from a packed weight, which is let go where another way wins."""
+
+    run: Callable[[], Tensor]
+    held: Packed
+
+    def __call__(self) -> Tensor:
+        """The product."""
+        return self.run()
 
 
 def packed_record(plan: Tensor | None, values: Tensor, kind: tuple) -> Packed | None:
@@ -54,7 +73,9 @@ def packed_weight(held: Packed, values: Tensor, pack: Callable) -> tuple[Tensor,
     through `values.data` do not count as changes to torch and are not seen.
     """
     source, stream = _source(values), torch.cuda.current_stream(values.device)
+    held.pinned |= capturing(values)
     if held.source != source:
+        held.changes += held.tensors is not None
         held.tensors = pack(held.tensors)
         # A capture only records the packing; whoever comes next has to do it.
         held.source = None if capturing(values) else source
@@ -64,6 +85,8 @@ def packed_weight(held: Packed, values: Tensor, pack: Callable) -> tuple[Tensor,
             held.stream, held.done = stream.cuda_stream, stream.record_event()
     elif stream.cuda_stream != held.stream and not capturing(values):
         stream.wait_event(held.done)
+        for tensor in held.tensors if values.is_cuda else ():
+            tensor.record_stream(stream)  # it may be let go while this stream still reads it
     return held.tensors
 
 

@@ -170,7 +170,7 @@ class Record:
         made: Tensors made here instead of the contents of a plan that is not ours.
         plans: Numbers of cuSPARSE plans by what they were made for, the last used at the end.
         pinned: Those that a captured graph uses; they live as long as the record.
-        packed: Packed weights (see nm_cuda).
+        packed: Packed weights (see cuda_packed).
     """
 
     made: Tensor | None = None

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import cslt, own_cuda
 from ._library import CUDA, check_activation
 from .cuda_choice import run_fastest, shape_key
-from .cuda_packed import packed_record
+from .cuda_packed import PackedWay, packed_record
 from .cuda_support import (
     Record,
     aligned,
@@ -124,31 +124,30 @@ def _linear_ways(x, values, index, bias, plan, n, m, activation) -> dict:
     held = packed_record(plan, values, ("own", x.dtype)) if _own(x, rows, n, m) else None
     if held is not None:
         own = (x, values.contiguous(), index, bias, activation, held)
-        ways["mma.sp"] = lambda: own_cuda.nm_linear(*own)
-    packed = _packed_way(plan, values, x, rows, cols, n, m)
-    if packed is not None:
+        ways["mma.sp"] = PackedWay(lambda: own_cuda.nm_linear(*own), held)
+    place = _library_place(plan, values, x, rows, cols, n, m)
+    if place is not None:
         contiguous = values.contiguous()
 
         def library():
-            weight = packed(lambda: expand(contiguous, index, cols, n, m))
+            weight = cslt.packed_weight(
+                place, values, lambda: expand(contiguous, index, cols, n, m)
+            )
             b = aligned(bias) if bias is not None else None
             return cslt.linear(x, weight, b, rows, activation)
 
-        ways["cusparselt"] = library
+        ways["cusparselt"] = PackedWay(library, place)
     ways["dense"] = lambda: _dense_linear(x, values, index, bias, plan, n, m, activation)
     return ways
 
 
-def _packed_way(plan, values, x, rows, cols, n, m, kind: str = "forward"):
-    """Makes or finds the packed weight, given what makes the dense one; None where it cannot."""
+def _library_place(plan, values, x, rows, cols, n, m, kind: str = "forward"):
+    """Where the weight packed for cuSPARSELt is kept; None where it cannot run."""
     fault = library_fault(x, rows, cols, n, m)
     if fault:
         state_once(f"nm_linear goes without cuSPARSELt: {fault}")
         return None
-    held = packed_record(plan, values, (kind, x.dtype))
-    if held is None:
-        return None
-    return lambda make_dense: cslt.packed_weight(held, values, make_dense)
+    return packed_record(plan, values, (kind, x.dtype))
 
 
 def _grad_input(grad, values, index, plan_t, in_features, n, m):
@@ -165,16 +164,17 @@ def _grad_input(grad, values, index, plan_t, in_features, n, m):
             return dense().view(*grad.shape[:-1], in_features)
         ways = {"dense": dense}
         if _transposable(plan_t, grad, index, in_features, n, m):
-            packed = _packed_way(plan_t, values, grad, in_features, rows, n, m, "transposed")
-            if packed is not None:
+            place = _library_place(plan_t, values, grad, in_features, rows, n, m, "transposed")
+            if place is not None:
+
+                def transposed():
+                    return expand(values, index, in_features, n, m).t().contiguous()
 
                 def library():
-                    weight = packed(
-                        lambda: expand(values, index, in_features, n, m).t().contiguous()
-                    )
+                    weight = cslt.packed_weight(place, values, transposed)
                     return cslt.linear(flat, weight, None, in_features, "none")
 
-                ways = {"cusparselt": library, **ways}
+                ways = {"cusparselt": PackedWay(library, place), **ways}
         key = shape_key(op, grad, rows, in_features, values.numel(), flat.shape[0])
         y = run_fastest((*key, n, m, len(ways)), ways, grad)
         return y.view(*grad.shape[:-1], in_features)

@@ -22,7 +22,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 GATHER_DENSITY = (0.0, 0.5)
 REST_DENSITY = (0.15, 0.7)
 MAX_SIZE = 1 << 24
-MAX_PACKED = 16  # to sort the lists takes longer than some dense products
+MAX_CHANGES = 16  # to sort the lists takes longer than some dense products
 _OPS = torch.ops.sparsekern
 
 
@@ -92,10 +92,9 @@ def csr_linear(way: str, x: Tensor, values, crow, col, bias, activation: str, he
     def pack(old):
         if capturing(x):  # it reads a size back
             refuse("csr_linear", "one product before the capture", "a weight to be packed")
-        held.times += 1
-        if held.times > MAX_PACKED:
-            held.tensors = None
-            refuse("csr_linear", "a weight that stays", f"one that changed {MAX_PACKED} times")
+        if held.changes > MAX_CHANGES:
+            held.release()
+            refuse("csr_linear", "a weight that stays", f"one that changed {held.changes} times")
         return keep_place(old, _pack_csr(way, values, crow, col, cols))
 
     words, starts, *rest = packed_weight(held, values, pack)

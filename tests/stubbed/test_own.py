@@ -4,7 +4,7 @@ import pytest
 import torch
 from samples import csr_of, random_nm, random_weight
 
-from sparsekern.ops import csr_cuda, cuda_choice, nm_cuda, own_cuda
+from sparsekern.ops import csr_cuda, cuda_choice, cuda_packed, nm_cuda, own_cuda
 from sparsekern.ops._library import ACTIVATIONS, activate
 from sparsekern.ops.csr_packed import csr_lists
 from sparsekern.ops.cuda_packed import Packed
@@ -152,14 +152,14 @@ def test_a_changed_weight_is_packed_again_in_place(only):
     close(run(), want - bias.double())
     (held,) = [h for (kind, _), h in csr_cuda.recall(plan).packed.items() if kind == "2:4 + rest"]
     places = [t.data_ptr() for t in held.tensors]
-    assert held.times == 1
+    assert held.changes == 0
     with torch.no_grad():
         values.mul_(2)
     close(run(), 2 * (want - bias.double()))
-    assert held.times == 2 and places == [t.data_ptr() for t in held.tensors]
+    assert held.changes == 1 and places == [t.data_ptr() for t in held.tensors]
     # What changes all the time goes another way, without our memory.
-    held.times, held.source = own_cuda.MAX_PACKED, None
-    message = "csr_linear: expected a weight that stays, got one that changed 16 times"
+    held.changes, held.source = own_cuda.MAX_CHANGES, None
+    message = "csr_linear: expected a weight that stays, got one that changed 17 times"
     with pytest.raises(RuntimeError, match=message):
         run()
     assert held.tensors is None
@@ -185,6 +185,31 @@ def test_the_choice_times_them(monkeypatch):
     close(y, want)
     (why,) = cuda_choice.choices()[1].values()
     assert why == {"mma.sp": "_own_nm_decode: expected split in 1 to 64, got 65"}
+
+
+def test_what_loses_gives_its_memory_back(monkeypatch):
+    x, values, index, bias, want = nm_problem(3, 48, 64, BF16)
+    plan = nm_cuda._plan(index, 48, 64, 2, 4)
+    for winner in ("dense", "mma.sp"):
+        monkeypatch.setattr(cuda_choice, "_fastest", lambda key, ways, w=winner: w)
+        cuda_choice._CHOSEN.clear()
+        own_cuda.nm_linear(x, values, index, bias, "none", _own_of(plan, values))
+        close(nm_cuda._linear(x, values, index, bias, plan, None, 2, 4), want)
+        assert (_own_of(plan, values).tensors is None) == (winner == "dense")
+
+
+def test_what_a_graph_reads_stays(monkeypatch):
+    x, values, index, bias, _ = nm_problem(3, 48, 64, BF16)
+    held = Packed()
+    own_cuda.nm_linear(x, values, index, bias, "none", held)
+    monkeypatch.setattr(cuda_packed, "capturing", lambda like: True)
+    own_cuda.nm_linear(x, values, index, bias, "none", held)
+    held.release()
+    assert held.tensors is not None
+
+
+def _own_of(plan, values):
+    return cuda_packed.packed_record(plan, values, ("own", BF16))
 
 
 def call(op, **change):
