@@ -56,8 +56,8 @@ def test_missing_kernels_say_why(monkeypatch):
 @pytest.mark.parametrize("op", ["nm_linear", "csr_linear"])
 def test_ops_state_that_kernels_are_missing(op, monkeypatch):
     module, ask = {
-        "nm_linear": (nm_cuda, lambda x: nm_cuda._own(x, 8, 2, 4)),
-        "csr_linear": (csr_cuda, lambda x: csr_cuda._own_ways(x, None, *CROW_COL, None, None, "")),
+        "nm_linear": (nm_cuda, lambda x: nm_cuda._own_ways(x, None, CROW_COL[0], *NONE, 2, 4, "")),
+        "csr_linear": (csr_cuda, lambda x: csr_cuda._own_ways(x, None, *CROW_COL, *NONE, "")),
     }[op]
     monkeypatch.setattr(module, "device_facts", lambda index: H200)
     monkeypatch.setattr(_load, "cuda_half", built("nvcc failed"))
@@ -66,6 +66,7 @@ def test_ops_state_that_kernels_are_missing(op, monkeypatch):
         assert not ask(torch.zeros(3, 16).bfloat16())
 
 
+NONE = (None, None)
 CROW_COL = (torch.arange(0, 33, 4, dtype=torch.int32), torch.arange(4).repeat(8).int())
 
 
@@ -96,6 +97,16 @@ def test_what_our_kernels_take(tokens, dtype, rows, taken):
 def test_densities_that_our_kernels_are_for(tokens, density, ways):
     x = torch.zeros(tokens, 100)
     assert own_cuda.csr_ways(x, 10, round(density * 1000)) == ways
+
+
+def test_clusters_are_for_hopper_and_later(monkeypatch):
+    monkeypatch.setattr(own_cuda, "multiprocessors", lambda device: 132)
+    ways = {"mma.sp": False, "mma.sp cluster": True}
+    x = torch.zeros(64, 4096)
+    assert own_cuda.nm_ways(x, 4096, (9, 0)) == own_cuda.nm_ways(x, 4096, (10, 0)) == ways
+    assert list(own_cuda.nm_ways(x, 4096, (8, 9))) == ["mma.sp"]
+    assert list(own_cuda.nm_ways(x, 128 * 132, (9, 0))) == ["mma.sp"]  # nothing is cut
+    assert list(own_cuda.nm_ways(x, 128, (9, 0))) == ["mma.sp"]  # 16 parts
 
 
 def test_sums_are_cut_where_blocks_are_few():

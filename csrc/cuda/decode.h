@@ -23,8 +23,10 @@ struct DecodeTask {
   void* stream;
 };
 
-// 2:4 weights in the order of fragments (see decode_nm.cu); K is cut into `split` parts.
-const char* nm_decode(const DecodeTask& task, const void* packed, int split);
+// 2:4 weights in the order of fragments (see decode_nm.cu); K is cut into `split` parts. As a
+// `cluster`, at most 8 of them, blocks add their parts up themselves: no `parts`, no `finish`.
+const char* nm_decode(const DecodeTask& task, const void* packed, int split, bool cluster);
+constexpr int kMaxCluster = 8;
 constexpr int kNmTokens = 64;
 
 // Lists of single weights by slices of `width` columns (see decode_csr.cu); a part per slice.

@@ -36,9 +36,10 @@ struct Shape {
 struct Nm {
   DecodeTask task;
   const unsigned char* packed;
-  int units;   // of a strip of 32 rows
-  int chunks;  // of kCols columns
-  int share;   // chunks of a part
+  int units;    // of a strip of 32 rows
+  int chunks;   // of kCols columns
+  int share;    // chunks of a part
+  int cluster;  // blocks that add up their parts, or 1
 };
 
 struct Unit {
@@ -84,10 +85,9 @@ SPARSEKERN_DEVICE void multiply(Unit& unit, float (&sum)[2][kTiles][4], const un
   }
 }
 
-// The sums of the warps that share rows, added in their order.
-template <class T, int kTiles>
-SPARSEKERN_DEVICE void reduce(const DecodeTask& task, const float (&sum)[2][kTiles][4], int strip,
-                              int slice) {
+// Of each warp, its sums in shared memory.
+template <int kTiles>
+SPARSEKERN_DEVICE void share_sums(const float (&sum)[2][kTiles][4], int strip, int slice) {
   using S = Shape<kTiles>;
   const int lane = thread() % 32;
   float* all = reinterpret_cast<float*>(shared());
@@ -98,15 +98,27 @@ SPARSEKERN_DEVICE void reduce(const DecodeTask& task, const float (&sum)[2][kTil
         const int token = tile * 8 + lane % 4 * 2 + i % 2;
         all[(slice * S::kTokens + token) * S::kSumPitch + row] = sum[m][tile][i];
       }
-  barrier();
-  const int first = static_cast<int>(block().x) * S::kRows, part = static_cast<int>(block().y);
-  for (int i = thread(); i < S::kTokens * S::kRows; i += kThreads) {
+}
+
+// Adds up, always in the same order, what the warps of a block and the blocks of a cluster have of
+// the same rows. The blocks of a cluster divide the outputs.
+template <class T, int kTiles>
+SPARSEKERN_DEVICE void reduce(const Nm& a) {
+  using S = Shape<kTiles>;
+  const bool alone = a.cluster == 1;
+  const int part = static_cast<int>(block().y), rank = alone ? 0 : part;
+  const int first = static_cast<int>(block().x) * S::kRows;
+  for (int i = rank * kThreads + thread(); i < S::kTokens * S::kRows; i += a.cluster * kThreads) {
     const int token = i / S::kRows, row = i % S::kRows;
-    if (token >= task.tokens || first + row >= task.rows) continue;
+    if (token >= a.task.tokens || first + row >= a.task.rows) continue;
+    const float* at = reinterpret_cast<float*>(shared()) + token * S::kSumPitch + row;
     float total = 0;
-    for (int k = 0; k < S::kSlices; ++k)
-      total += all[(k * S::kTokens + token) * S::kSumPitch + row];
-    store_sum<T>(total, task, task.first_part + part, token, first + row);
+    for (int from = 0; from < a.cluster; ++from)
+      for (int k = 0; k < S::kSlices; ++k) {
+        const float* mine = at + k * S::kTokens * S::kSumPitch;
+        total += alone ? *mine : load_remote(mine, from);
+      }
+    store_sum<T>(total, a.task, a.task.first_part + part, token, first + row);
   }
 }
 
@@ -160,36 +172,45 @@ nm_decode_kernel(Nm a) {
     }
   copy_wait<0>();
   barrier();
-  reduce<T, kTiles>(a.task, sum, strip, slice);
+  share_sums<kTiles>(sum, strip, slice);
+  if (a.cluster > 1) cluster_barrier();
+  else barrier();
+  reduce<T, kTiles>(a);
+  if (a.cluster > 1) cluster_barrier();  // nobody leaves while others read its sums
 }
 
 template <class T, int kTiles>
-const char* launch_tiles(const DecodeTask& task, const void* packed, int split) {
+const char* launch_tiles(const DecodeTask& task, const void* packed, int split, int cluster) {
   using S = Shape<kTiles>;
   const int units = (task.cols + kUnitCols - 1) / kUnitCols;
   const int chunks = (units + S::kSlices - 1) / S::kSlices;
-  const Nm a{task, static_cast<const unsigned char*>(packed), units, chunks,
-             (chunks + split - 1) / split};
+  const Nm a{task,
+             static_cast<const unsigned char*>(packed),
+             units,
+             chunks,
+             (chunks + split - 1) / split,
+             cluster};
   const Grid grid{static_cast<unsigned>((task.rows + S::kRows - 1) / S::kRows),
                   static_cast<unsigned>(split), 1};
   return launch(nm_decode_kernel<T, kTiles>, grid, kThreads, S::kShared, task.device, task.stream,
-                a);
+                a, cluster);
 }
 
 template <class T>
-const char* launch_nm(const DecodeTask& task, const void* packed, int split) {
-  if (task.tokens <= 8) return launch_tiles<T, 1>(task, packed, split);
-  if (task.tokens <= 16) return launch_tiles<T, 2>(task, packed, split);
-  if (task.tokens <= 32) return launch_tiles<T, 4>(task, packed, split);
-  return launch_tiles<T, 8>(task, packed, split);
+const char* launch_nm(const DecodeTask& task, const void* packed, int split, int cluster) {
+  if (task.tokens <= 8) return launch_tiles<T, 1>(task, packed, split, cluster);
+  if (task.tokens <= 16) return launch_tiles<T, 2>(task, packed, split, cluster);
+  if (task.tokens <= 32) return launch_tiles<T, 4>(task, packed, split, cluster);
+  return launch_tiles<T, 8>(task, packed, split, cluster);
 }
 
 }  // namespace
 }  // namespace gpu
 
-const char* nm_decode(const DecodeTask& task, const void* packed, int split) {
-  return task.half ? gpu::launch_nm<gpu::Float16>(task, packed, split)
-                   : gpu::launch_nm<gpu::Bfloat16>(task, packed, split);
+const char* nm_decode(const DecodeTask& task, const void* packed, int split, bool cluster) {
+  const int blocks = cluster ? split : 1;
+  return task.half ? gpu::launch_nm<gpu::Float16>(task, packed, split, blocks)
+                   : gpu::launch_nm<gpu::Bfloat16>(task, packed, split, blocks);
 }
 
 }  // namespace sparsekern

@@ -66,18 +66,21 @@ void check_split(const std::string& op, int64_t split) {
   if (split < 1 || split > 64) fail(op, "split in 1 to 64", std::to_string(split));
 }
 
-// act(x W^T + b) for a 2:4 weight packed by nm_packed.py, K cut into `split` parts.
+// act(x W^T + b) for a 2:4 weight packed by nm_packed.py, K cut into `split` parts, which the
+// blocks of a cluster or a second kernel add up.
 Tensor own_nm_decode(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
-                     int64_t rows, int64_t activation, int64_t split) {
+                     int64_t rows, int64_t activation, int64_t split, bool cluster) {
   const std::string op = "_own_nm_decode";
   const DeviceScope scope(x);
   DecodeTask task = decode_task(op, x, bias, rows, activation);
   check_packed(op, packed, x, rows);
   check_split(op, split);
+  if (cluster && split > kMaxCluster)
+    fail(op, "at most 8 parts in a cluster", std::to_string(split));
   const Tensor y = torch::stable::new_empty(x, {x.size(0), rows});
   task.y = y.mutable_data_ptr();
-  const auto parts = parts_of(x, task, split);
-  check_launch(op, nm_decode(task, packed.const_data_ptr(), static_cast<int>(split)));
+  const auto parts = parts_of(x, task, cluster ? 1 : split);
+  check_launch(op, nm_decode(task, packed.const_data_ptr(), static_cast<int>(split), cluster));
   if (parts) check_launch(op, finish(task, static_cast<int>(split)));
   return y;
 }
@@ -102,7 +105,8 @@ Tensor own_csr_decode(const Tensor& x, const Tensor& words, const Tensor& starts
   task.y = y.mutable_data_ptr();
   const int64_t first = packed ? split : 0;
   const auto parts = parts_of(x, task, first + slices);
-  if (packed) check_launch(op, nm_decode(task, packed->const_data_ptr(), static_cast<int>(split)));
+  if (packed)
+    check_launch(op, nm_decode(task, packed->const_data_ptr(), static_cast<int>(split), false));
   task.first_part = static_cast<int>(first);
   check_launch(op, csr_decode(task, words.const_data_ptr(), starts.const_data_ptr<int32_t>(),
                               static_cast<int>(width), static_cast<int>(slices)));
@@ -114,8 +118,8 @@ Tensor own_csr_decode(const Tensor& x, const Tensor& words, const Tensor& starts
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparsekern, m) {
   m.def(
-      "_own_nm_decode(Tensor x, Tensor packed, Tensor? bias, int rows, int activation, int split) "
-      "-> Tensor");
+      "_own_nm_decode(Tensor x, Tensor packed, Tensor? bias, int rows, int activation, int split, "
+      "bool cluster=False) -> Tensor");
   m.def(
       "_own_csr_decode(Tensor x, Tensor words, Tensor starts, Tensor? packed, Tensor? bias, "
       "int rows, int width, int activation, int split) -> Tensor");

@@ -40,6 +40,14 @@ SPARSEKERN_DEVICE float shuffle_xor(float value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
 
+// Blocks of a cluster, of Hopper and later: all meet, and one reads the shared memory of another.
+SPARSEKERN_DEVICE void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
+                   : "memory");
+#endif
+}
+
 // Read once: kept out of L1, where it would only push out what is read again.
 SPARSEKERN_DEVICE Words load_stream(const void* p) {
   Words r;
@@ -51,6 +59,19 @@ SPARSEKERN_DEVICE Words load_stream(const void* p) {
 
 SPARSEKERN_DEVICE uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// The float of another block at the place of one of our own.
+SPARSEKERN_DEVICE float load_remote(const float* mine, int rank) {
+#if __CUDA_ARCH__ >= 900
+  uint32_t at;
+  float value;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(mine)), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(at) : "memory");
+  return value;
+#else
+  return *mine;
+#endif
 }
 
 // Sixteen bytes of shared memory, of which the first `bytes` come from memory and the others are 0.
@@ -127,20 +148,30 @@ struct Float16 {
   }
 };
 
-// Launches a kernel on a device and stream of torch; what went wrong, or null.
+// Launches a kernel on a device and stream of torch; what went wrong, or null. The `cluster` blocks
+// that differ in y alone form a cluster.
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), Grid grid, int threads, int shared_bytes, int device,
-                   void* stream, Arguments arguments) {
+                   void* stream, Arguments arguments, int cluster = 1) {
   // This runtime is linked into the module and is another one than torch's; they share the driver.
   cudaError_t status = cudaSetDevice(device);
   const void* function = reinterpret_cast<const void*>(kernel);
   if (status == cudaSuccess && shared_bytes > 48 * 1024)
     status =
         cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = attribute.val.clusterDim.z = 1;
+  attribute.val.clusterDim.y = static_cast<unsigned>(cluster);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(grid.x, grid.y, grid.z);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
   void* list[] = {&arguments};
-  if (status == cudaSuccess)
-    status = cudaLaunchKernel(function, dim3(grid.x, grid.y, grid.z), dim3(threads), list,
-                              shared_bytes, static_cast<cudaStream_t>(stream));
+  if (status == cudaSuccess) status = cudaLaunchKernelExC(&config, function, list);
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
 }
 

@@ -68,8 +68,9 @@ def run_fastest(key: tuple, ways: dict[str, Callable[[], Tensor]], like: Tensor)
 
 def _release(ways: dict[str, Callable[[], Tensor]], name: str | None) -> None:
     """Let go what the ways keep that were not chosen (see cuda_packed)."""
-    for other, way in ways.items():
-        if other != name and isinstance(way, PackedWay):
+    kept = getattr(ways.get(name), "held", None)
+    for way in ways.values():
+        if isinstance(way, PackedWay) and way.held is not kept:
             way.held.release()
 
 

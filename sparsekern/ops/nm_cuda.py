@@ -45,16 +45,6 @@ def _kernels(x: Tensor) -> bool:
     return not kernel_fault(device_facts(x.device.index)) and x.dtype != torch.float64
 
 
-def _own(x: Tensor, rows: int, n: int, m: int) -> bool:
-    """Whether our CUDA kernel takes a product; states once when the device or build has none."""
-    if (n, m) != (2, 4) or not own_cuda.takes(x, rows):
-        return False
-    fault = own_cuda.kernel_fault(device_facts(x.device.index))
-    if fault:
-        state_once(f"nm_linear goes without our CUDA kernel: {fault}")
-    return not fault
-
-
 def expand(values: Tensor, index: Tensor, channels: int, n: int, m: int) -> Tensor:
     """The dense weight `(rows, channels)`, without a check and without a wait."""
     if _kernels(values):
@@ -121,10 +111,7 @@ def _linear_ways(x, values, index, bias, plan, n, m, activation) -> dict:
 
         arguments = (x, aligned(values), index, (rows, cols, n, m), bias, activation)
         ways["decode"] = lambda: nm_decode(*arguments)
-    held = packed_record(plan, values, ("own", x.dtype)) if _own(x, rows, n, m) else None
-    if held is not None:
-        own = (x, values.contiguous(), index, bias, activation, held)
-        ways["mma.sp"] = PackedWay(lambda: own_cuda.nm_linear(*own), held)
+    ways |= _own_ways(x, values, index, bias, plan, n, m, activation)
     place = _library_place(plan, values, x, rows, cols, n, m)
     if place is not None:
         contiguous = values.contiguous()
@@ -139,6 +126,28 @@ def _linear_ways(x, values, index, bias, plan, n, m, activation) -> dict:
         ways["cusparselt"] = PackedWay(library, place)
     ways["dense"] = lambda: _dense_linear(x, values, index, bias, plan, n, m, activation)
     return ways
+
+
+def _own_ways(x, values, index, bias, plan, n, m, activation) -> dict:
+    """Those of our CUDA kernel; states once when the device or build has none."""
+    rows = index.shape[0]
+    if (n, m) != (2, 4) or not own_cuda.takes(x, rows):
+        return {}
+    device = device_facts(x.device.index)
+    fault = own_cuda.kernel_fault(device)
+    if fault:
+        state_once(f"nm_linear goes without our CUDA kernel: {fault}")
+        return {}
+    held = packed_record(plan, values, ("own", x.dtype))
+    if held is None:
+        return {}
+    arguments = (x, values.contiguous(), index, bias, activation, held)
+
+    def way(cluster):
+        return PackedWay(lambda: own_cuda.nm_linear(*arguments, cluster), held)
+
+    names = own_cuda.nm_ways(x, rows, device.capability)
+    return {name: way(cluster) for name, cluster in names.items()}
 
 
 def _library_place(plan, values, x, rows, cols, n, m, kind: str = "forward"):

@@ -22,6 +22,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 GATHER_DENSITY = (0.0, 0.5)
 REST_DENSITY = (0.15, 0.7)
 MAX_SIZE = 1 << 24
+MAX_CLUSTER = 8  # blocks, on every device that has clusters
 MAX_CHANGES = 16  # to sort the lists takes longer than some dense products
 _OPS = torch.ops.sparsekern
 
@@ -56,7 +57,19 @@ def nm_split(tokens: int, rows: int, cols: int, processors: int) -> int:
     return -(-chunks // share)
 
 
-def nm_linear(x: Tensor, values, index, bias, activation: str, held: Packed) -> Tensor:
+def nm_ways(x: Tensor, rows: int, capability: tuple[int, int]) -> dict[str, bool]:
+    """Our ways to multiply a 2:4 weight, and whether the blocks of a cluster add up their parts.
+
+    Only Hopper and later have clusters; elsewhere, and in the other way, a second kernel adds.
+    """
+    ways = {"mma.sp": False}
+    split = nm_split(x.shape[0], rows, x.shape[1], multiprocessors(x.device))
+    if capability >= (9, 0) and 1 < split <= MAX_CLUSTER:
+        ways["mma.sp cluster"] = True
+    return ways
+
+
+def nm_linear(x: Tensor, values, index, bias, activation: str, held: Packed, cluster: bool):
     """act(x W^T + b) for x `(tokens, in)` and a 2:4 weight; `(tokens, out)`."""
     cols = x.shape[1]
 
@@ -67,7 +80,7 @@ def nm_linear(x: Tensor, values, index, bias, activation: str, held: Packed) -> 
     rows = index.shape[0]
     split = nm_split(x.shape[0], rows, cols, multiprocessors(x.device))
     code = ACTIVATIONS.index(activation)
-    return _OPS._own_nm_decode(_padded(x), packed, bias, rows, code, split)
+    return _OPS._own_nm_decode(_padded(x), packed, bias, rows, code, split, cluster)
 
 
 def _padded(x: Tensor) -> Tensor:

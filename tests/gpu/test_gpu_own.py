@@ -12,6 +12,7 @@ from sparsekern.ops.cuda_packed import Packed
 from sparsekern.ops.nm import nm_to_dense
 
 FAULT = own_cuda.build_fault() if torch.cuda.is_available() else "no CUDA device"
+CAPABILITY = torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -43,8 +44,10 @@ def csr_problem(tokens, rows, cols, sparsity, dtype):
 def test_two_four(shape, dtype):
     for tokens in (1, 8, 13, 32, 64):
         (x, values, index, bias), want = nm_problem(tokens, *shape, dtype)
-        y = own_cuda.nm_linear(x, values, index, bias, "relu", Packed())
-        check_close(y, want, f"T={tokens}", terms=shape[1])
+        held = Packed()
+        for way, cluster in own_cuda.nm_ways(x, shape[0], CAPABILITY).items():
+            y = own_cuda.nm_linear(x, values, index, bias, "relu", held, cluster)
+            check_close(y, want, f"{way} T={tokens}", terms=shape[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -61,7 +64,7 @@ def test_unstructured(shape, sparsity, dtype):
 def test_a_graph_sees_a_new_weight():
     (x, values, index, bias), want = nm_problem(4, 256, 512, torch.bfloat16)
     held = Packed()
-    run = lambda: own_cuda.nm_linear(x, values, index, bias, "relu", held)  # noqa: E731
+    run = lambda: own_cuda.nm_linear(x, values, index, bias, "relu", held, False)  # noqa: E731
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -86,7 +89,7 @@ def test_a_new_thread_runs_on_the_right_device():
     found = []
 
     def work():
-        found.append(own_cuda.nm_linear(x, values, index, bias, "relu", Packed()))
+        found.append(own_cuda.nm_linear(x, values, index, bias, "relu", Packed(), False))
 
     thread = threading.Thread(target=work)
     thread.start()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from samples import csr_of, random_nm, random_weight
+from torch.nn.functional import gelu
 
 from sparsekern.ops import csr_cuda, cuda_choice, cuda_packed, nm_cuda, own_cuda
 from sparsekern.ops._library import ACTIVATIONS, activate
@@ -55,6 +56,7 @@ def csr_problem(tokens, rows, cols, sparsity, dtype):
         (33, 140, 520, 3, BF16),
         (64, 128, 1100, 1, FP16),
         (2, 48, 2048, 16, BF16),  # parts without columns
+        (2, 48, 2048, 8, BF16),  # the largest cluster
     ],
 )
 def test_two_four(tokens, rows, cols, split, dtype):
@@ -64,6 +66,9 @@ def test_two_four(tokens, rows, cols, split, dtype):
     close(OPS._own_nm_decode(x, packed, bias, rows, 0, split), want)
     without = OPS._own_nm_decode(x, packed, None, rows, 0, split)
     close(without, want - bias.double())
+    if 1 < split <= own_cuda.MAX_CLUSTER:
+        together = OPS._own_nm_decode(x, packed, bias, rows, 0, split, True)
+        close(together, want)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -94,6 +99,18 @@ def test_activations(activation, split):
         x, nm_pack(values, index, 1200), bias, 40, ACTIVATIONS.index(activation), split
     )
     close(y, activate(want, activation, "test"))
+
+
+def test_the_way_of_the_cluster(only, monkeypatch):
+    x, values, index, bias, want = nm_problem(3, 48, 2100, BF16)
+    monkeypatch.setattr(own_cuda, "multiprocessors", lambda device: 132)
+    plan = nm_cuda._plan(index, 48, 2100, 2, 4)
+    only("mma.sp cluster")
+    close(nm_cuda._linear(x, values, index, bias, plan, None, 2, 4, "gelu"), gelu(want))
+    monkeypatch.undo()
+    message = "_own_nm_decode: expected at most 8 parts in a cluster, got 9"
+    with pytest.raises(RuntimeError, match=message):
+        call("_own_nm_decode", split=9, cluster=True)
 
 
 def test_weights_that_are_not_stored_touch_nothing():
@@ -193,7 +210,7 @@ def test_what_loses_gives_its_memory_back(monkeypatch):
     for winner in ("dense", "mma.sp"):
         monkeypatch.setattr(cuda_choice, "_fastest", lambda key, ways, w=winner: w)
         cuda_choice._CHOSEN.clear()
-        own_cuda.nm_linear(x, values, index, bias, "none", _own_of(plan, values))
+        own_cuda.nm_linear(x, values, index, bias, "none", _own_of(plan, values), False)
         close(nm_cuda._linear(x, values, index, bias, plan, None, 2, 4), want)
         assert (_own_of(plan, values).tensors is None) == (winner == "dense")
 
@@ -201,9 +218,9 @@ def test_what_loses_gives_its_memory_back(monkeypatch):
 def test_what_a_graph_reads_stays(monkeypatch):
     x, values, index, bias, _ = nm_problem(3, 48, 64, BF16)
     held = Packed()
-    own_cuda.nm_linear(x, values, index, bias, "none", held)
+    own_cuda.nm_linear(x, values, index, bias, "none", held, False)
     monkeypatch.setattr(cuda_packed, "capturing", lambda like: True)
-    own_cuda.nm_linear(x, values, index, bias, "none", held)
+    own_cuda.nm_linear(x, values, index, bias, "none", held, False)
     held.release()
     assert held.tensors is not None
 

@@ -60,22 +60,30 @@ struct Party {
   int mask[32];
 };
 
+struct Block {
+  Party party;
+  std::vector<uint8_t> memory;
+  int running = 0;
+  uint8_t* shared() {
+    return memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
+  }
+};
+
+// The blocks of a cluster run together, most often one block alone.
 struct Emulator {
   static constexpr int kStack = 128 * 1024;
   ucontext_t scheduler;
   std::vector<Fiber> fibers;
   std::vector<Party> warps;
-  Party all;
-  std::vector<uint8_t> memory;
-  Grid block{};
-  int current = 0, launched = 0;
+  std::vector<Block> blocks;
+  Party cluster;
+  Grid first{};  // the first block of them; the others follow in y
+  int threads = 0, current = 0;
   const char* fault = nullptr;
   void (*body)(void*) = nullptr;
   void* argument = nullptr;
 
-  uint8_t* shared() {
-    return memory.data() + (128 - reinterpret_cast<uintptr_t>(memory.data()) % 128) % 128;
-  }
+  Block& mine() { return blocks[current / threads]; }
 };
 
 inline Emulator& emulator() {
@@ -112,20 +120,34 @@ void together(Party& party, int size, const char* doing, F&& last) {
 }
 
 inline int thread() {
-  return emulator().current;
+  return emulator().current % emulator().threads;
 }
 inline Grid block() {
-  return emulator().block;
+  const Emulator& e = emulator();
+  return {e.first.x, e.first.y + static_cast<unsigned>(e.current / e.threads), e.first.z};
 }
 inline unsigned char* shared() {
-  return emulator().shared();
+  return emulator().mine().shared();
 }
 inline Party& my_warp() {
-  return emulator().warps[thread() / 32];
+  return emulator().warps[emulator().current / 32];
 }
 inline void barrier() {
   Emulator& e = emulator();
-  together(e.all, static_cast<int>(e.fibers.size()), "barrier", [] {});
+  together(e.mine().party, e.threads, "barrier", [] {});
+}
+inline void cluster_barrier() {
+  Emulator& e = emulator();
+  together(e.cluster, static_cast<int>(e.fibers.size()), "barrier of a cluster", [] {});
+}
+inline float load_remote(const float* mine, int rank) {
+  Emulator& e = emulator();
+  expect(rank < static_cast<int>(e.blocks.size()), "no such block in the cluster");
+  Block& other = e.blocks[rank];
+  expect(other.running > 0, "shared memory of a block that has ended");
+  float value;
+  std::memcpy(&value, other.shared() + (reinterpret_cast<const uint8_t*>(mine) - shared()), 4);
+  return value;
 }
 
 inline float shuffle_xor(float value, int mask) {
@@ -278,14 +300,21 @@ inline void start_fiber() {
   Emulator& e = emulator();
   e.body(e.argument);
   e.fibers[e.current].done = true;
+  --e.mine().running;
   setcontext(&e.scheduler);
 }
 
-inline void prepare_block(Emulator& e, int threads, int shared_bytes) {
-  e.fibers.resize(threads);
-  e.warps.assign(threads / 32, Party());
-  e.all = Party();
-  e.memory.assign(shared_bytes + 128, 0xff);
+inline void prepare_cluster(Emulator& e, int threads, int shared_bytes, int cluster) {
+  e.threads = threads;
+  e.fibers.resize(threads * cluster);
+  e.warps.assign(threads * cluster / 32, Party());
+  e.blocks.resize(cluster);
+  e.cluster = Party();
+  for (Block& b : e.blocks) {
+    b.party = Party();
+    b.memory.assign(shared_bytes + 128, 0xff);
+    b.running = threads;
+  }
   for (Fiber& f : e.fibers) {
     if (!f.stack) f.stack.reset(new uint8_t[Emulator::kStack]);
     f.done = false;
@@ -300,9 +329,9 @@ inline void prepare_block(Emulator& e, int threads, int shared_bytes) {
   }
 }
 
-inline void run_block(Emulator& e) {
+inline void run_cluster(Emulator& e) {
   const int threads = static_cast<int>(e.fibers.size());
-  const bool backwards = (e.block.x + e.block.y + e.block.z) % 2;
+  const bool backwards = (e.first.x + e.first.y + e.first.z) % 2;
   for (bool moved = true; moved;) {
     moved = false;
     for (int i = 0; i < threads; ++i) {
@@ -322,7 +351,7 @@ inline void run_block(Emulator& e) {
 
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), Grid grid, int threads, int shared_bytes, int, void*,
-                   Arguments arguments) {
+                   Arguments arguments, int cluster = 1) {
   struct Call {
     void (*kernel)(Arguments);
     Arguments arguments;
@@ -330,16 +359,16 @@ const char* launch(void (*kernel)(Arguments), Grid grid, int threads, int shared
   Emulator& e = emulator();
   if (shared_bytes > 232448) return "more shared memory than an H200 has";
   if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535) return "no such grid";
+  if (cluster < 1 || cluster > 8 || grid.y % cluster) return "no such cluster";
   e.fault = nullptr;
   e.argument = &call;
   e.body = [](void* p) { static_cast<Call*>(p)->kernel(static_cast<Call*>(p)->arguments); };
-  ++e.launched;
   for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
+    for (unsigned y = 0; y < grid.y; y += cluster)
       for (unsigned x = 0; x < grid.x; ++x) {
-        e.block = {x, y, z};
-        prepare_block(e, threads, shared_bytes);
-        run_block(e);
+        e.first = {x, y, z};
+        prepare_cluster(e, threads, shared_bytes, cluster);
+        run_cluster(e);
         if (e.fault) return e.fault;
       }
   return nullptr;
