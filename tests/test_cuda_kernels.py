@@ -82,16 +82,24 @@ def test_they_link_with_a_runtime_that_nobody_else_sees(objects, tmp_path, monke
     assert not re.findall(r" (?:cuda|__cuda)\w+$", names.stdout, re.MULTILINE)
 
 
-def loops(path):
-    """Instructions of each loop for Hopper, counted by name, by kernel."""
+def sections(path):
+    """The machine code for Hopper by kernel, as pairs of an address and an instruction."""
     triton = pytest.importorskip("triton", reason="cuobjdump comes with Triton")
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     command = [tool, "-sass", "-arch", "sm_90", path]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S.*?)\s*;")
+    return {of(s.splitlines()[0]): line.findall(s) for s in text.split("Function : ")[1:]}
+
+
+def instructions(path):
+    return {kernel: [c for _, c in lines] for kernel, lines in sections(path).items()}
+
+
+def loops(path):
+    """Instructions of each loop, counted by name, by kernel."""
     found = {}
-    for section in text.split("Function : ")[1:]:
-        kernel = of(section.splitlines()[0])
-        lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S.*?)\s*;", section)
+    for kernel, lines in sections(path).items():
         place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
         code = [instruction for _, instruction in lines]
         jumps = [(i, re.match(r"BRA.* 0x([0-9a-f]+)$", c)) for i, c in enumerate(code)]
@@ -120,6 +128,14 @@ def test_two_four_goes_from_memory_to_the_tensor_cores(objects):
         assert total(loop, "LDGSTS.E.BYPASS.LTC128B.128") >= units  # x, past the registers
         # Lane instructions a weight; memory allows 7.2 on an H200 (bench/NOTES.md).
         assert loop.total() * 32 / (units * 32 * 128) < 2.2, (number, tiles, loop.total())
+
+
+def test_clusters_meet_twice(objects):
+    """Before the sums of others are read and before the block goes; in code for Hopper."""
+    for kernel, code in instructions(objects["decode_nm"][0]).items():
+        names = Counter(c.split()[0] for c in code)
+        assert names["UCGABAR_ARV"] == names["UCGABAR_WAIT"] == 2, kernel
+        assert names["MEMBAR.ALL.GPU"] == 1, kernel
 
 
 def test_gathers_fit_the_budget(objects):
