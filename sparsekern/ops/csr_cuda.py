@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import own_cuda
+from . import own_check, own_cuda
 from ._library import CUDA, check_activation, check_indices
 from .cuda_choice import run_fastest, shape_key
 from .cuda_libraries import CUSPARSE, find_library
@@ -174,7 +174,10 @@ def _own_ways(x, values, crow, col, bias, plan, activation) -> dict:
     """Those of our CUDA kernels; states once when the device or build has none."""
     rows = crow.numel() - 1
     names = own_cuda.csr_ways(x, rows, col.numel()) if own_cuda.takes(x, rows) else []
-    fault = own_cuda.kernel_fault(_facts(x)) if names else ""
+    if not names:
+        return {}
+    device = _facts(x)
+    fault = own_cuda.kernel_fault(device) or own_check.check_fault(x, device.capability)
     if fault:
         state_once(f"csr_linear goes without our CUDA kernels: {fault}")
         return {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cslt, own_cuda
+from . import cslt, own_check, own_cuda
 from ._library import CUDA, check_activation
 from .cuda_choice import run_fastest, shape_key
 from .cuda_packed import PackedWay, packed_record
@@ -134,7 +134,7 @@ def _own_ways(x, values, index, bias, plan, n, m, activation) -> dict:
     if (n, m) != (2, 4) or not own_cuda.takes(x, rows):
         return {}
     device = device_facts(x.device.index)
-    fault = own_cuda.kernel_fault(device)
+    fault = own_cuda.kernel_fault(device) or own_check.check_fault(x, device.capability)
     if fault:
         state_once(f"nm_linear goes without our CUDA kernel: {fault}")
         return {}

@@ -1,11 +1,13 @@
 """Our CUDA kernels for few tokens, from their own sources, on emulated blocks of threads."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from samples import csr_of, random_nm, random_weight
 from torch.nn.functional import gelu
 
-from sparsekern.ops import csr_cuda, cuda_choice, cuda_packed, nm_cuda, own_cuda
+from sparsekern.ops import csr_cuda, cuda_choice, cuda_packed, nm_cuda, own_check, own_cuda
 from sparsekern.ops._library import ACTIVATIONS, activate
 from sparsekern.ops.csr_packed import csr_lists
 from sparsekern.ops.cuda_packed import Packed
@@ -202,6 +204,34 @@ def test_the_choice_times_them(monkeypatch):
     close(y, want)
     (why,) = cuda_choice.choices()[1].values()
     assert why == {"mma.sp": "_own_nm_decode: expected split in 1 to 64, got 65"}
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_kernel_that_is_wrong_is_left_out(wrong, monkeypatch):
+    x, values, index, bias, _ = nm_problem(3, 48, 64, BF16)
+    plan = nm_cuda._plan(index, 48, 64, 2, 4)
+    monkeypatch.setattr(own_check, "TOKENS", (1, 9))
+    monkeypatch.setattr(own_cuda, "multiprocessors", lambda device: 132)
+    if wrong:
+        right = own_cuda._OPS._own_csr_decode
+        fake = SimpleNamespace(_own_nm_decode=OPS._own_nm_decode)
+        fake._own_csr_decode = lambda x, *rest: right(x, *rest) * (1.1 if x.shape[0] > 1 else 1)
+        monkeypatch.setattr(own_cuda, "_OPS", fake)
+    ways = nm_cuda._linear_ways(x, values, index, bias, plan, 2, 4, "none")
+    assert ("mma.sp" in ways) != wrong
+    (said,) = own_check._FOUND.values()
+    assert said.startswith("expected gather to be right for 9 tokens, got an error of 0.") == wrong
+
+
+def test_a_check_that_fails_says_so(monkeypatch):
+    monkeypatch.setattr(own_check, "TOKENS", (1,))
+    monkeypatch.setattr(own_cuda, "nm_split", lambda *sizes: 65)
+    x = torch.zeros(1, 8).bfloat16()
+    said = "_own_nm_decode: expected split in 1 to 64, got 65"
+    assert own_check.check_fault(x, (9, 0)) == said
+    monkeypatch.setattr(own_check, "capturing", lambda like: True)
+    said = "expected one product before the capture, got none"
+    assert own_check.check_fault(x.half(), (9, 0)) == said
 
 
 def test_what_loses_gives_its_memory_back(monkeypatch):
