@@ -7,7 +7,7 @@ import torch
 from gpu_common import check_close
 from samples import csr_of, random_nm, random_weight
 
-from sparsekern.ops import own_cuda
+from sparsekern.ops import own_check, own_cuda
 from sparsekern.ops.cuda_packed import Packed
 from sparsekern.ops.nm import nm_to_dense
 
@@ -37,6 +37,11 @@ def csr_problem(tokens, rows, cols, sparsity, dtype):
     x, bias = torch.randn(tokens, cols).to(dtype), torch.randn(rows).to(dtype)
     want = torch.nn.functional.linear(x.double(), weight.double(), bias.double()).relu()
     return [t.cuda() for t in (x, values, crow, col, bias)], want
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_check_at_first_use_finds_nothing(dtype):
+    assert own_check.check_fault(torch.zeros(1, device="cuda", dtype=dtype), CAPABILITY) == ""
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
