@@ -12,7 +12,7 @@ from .. import _load
 from ._library import ACTIVATIONS  # by their number in csrc/cuda/decode.h
 from .csr_packed import csr_lists, slice_width, two_four_and_rest
 from .cuda_packed import Packed, keep_place, packed_weight
-from .cuda_support import capturing, device_fault, half_fault, multiprocessors, refuse
+from .cuda_support import aligned, capturing, device_fault, half_fault, multiprocessors, refuse
 from .nm_packed import UNIT_COLS, nm_pack
 
 MAX_TOKENS = 64
@@ -79,6 +79,7 @@ def nm_linear(x: Tensor, values, index, bias, activation: str, held: Packed, clu
     (packed,) = packed_weight(held, values, pack)
     rows = index.shape[0]
     split = nm_split(x.shape[0], rows, cols, multiprocessors(x.device))
+    bias = aligned(bias) if bias is not None else None
     code = ACTIVATIONS.index(activation)
     return _OPS._own_nm_decode(_padded(x), packed, bias, rows, code, split, cluster)
 
@@ -113,6 +114,7 @@ def csr_linear(way: str, x: Tensor, values, crow, col, bias, activation: str, he
     words, starts, *rest = packed_weight(held, values, pack)
     packed = rest[0] if rest else None
     split = nm_split(x.shape[0], rows, cols, multiprocessors(x.device)) if rest else 1
+    bias = aligned(bias) if bias is not None else None
     code = ACTIVATIONS.index(activation)
     return _OPS._own_csr_decode(
         _padded(x), words, starts, packed, bias, rows, slice_width(cols), code, split

@@ -163,6 +163,16 @@ def test_the_ways_of_the_ops(only):
         close(csr_cuda._linear(x, values, crow, col, bias, plan, None, "relu"), want.relu())
 
 
+def test_any_bias_will_do(only):
+    x, values, index, _, _ = nm_problem(3, 48, 64, BF16)
+    bias = torch.randn(97).bfloat16()[1::2]  # strides, and no multiple of 16 bytes
+    plan = nm_cuda._plan(index, 48, 64, 2, 4)
+    only("mma.sp")
+    y = nm_cuda._linear(x, values, index, bias, plan, None, 2, 4)
+    weight = nm_to_dense("test", values, index, 64, 2, 4).double()
+    close(y, torch.nn.functional.linear(x.double(), weight, bias.double()))
+
+
 def test_a_changed_weight_is_packed_again_in_place(only):
     x, values, crow, col, bias, want = csr_problem(3, 40, 64, 0.6, BF16)
     plan = csr_cuda._plan(crow, col, 64)
