@@ -1,5 +1,8 @@
 """Builds `_C` (CPU) always and `_C_cuda` where CUDA headers and a CUDA torch are found.
 
+Our own CUDA kernels (csrc/cuda/*.cu) become a part of `_C_cuda` where nvcc is found as well;
+without them it works through the libraries alone.
+
 Force the CUDA choice with SPARSEKERN_CUDA=0 or SPARSEKERN_CUDA=1 (which also builds beside a CPU
 torch; the result then only links). Headers are looked for in SPARSEKERN_CUDA_INCLUDE (folders,
 separated by colons), the toolkit, and the wheels that CUDA builds of torch bring. Needs torch in
@@ -9,7 +12,9 @@ the environment: `pip install --no-build-isolation -e .`
 import importlib.util
 import os
 import platform
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import torch
@@ -47,7 +52,19 @@ def cuda_home() -> str:
 CUDA_HOME = cuda_home()
 # The libraries are opened at run time and the sources are plain C++: headers are all it needs.
 CUDA_HEADERS = ("cuda_runtime_api.h", "crt/host_defines.h", "cusparse.h", "cusparseLt.h")
-CUDA_SOURCES = sorted(str(p) for p in Path("csrc/cuda").glob("*.cpp"))
+KERNEL_OPS = "csrc/cuda/decode_ops.cpp"
+CUDA_SOURCES = sorted(str(p) for p in Path("csrc/cuda").glob("*.cpp") if str(p) != KERNEL_OPS)
+KERNELS = sorted(str(p) for p in Path("csrc/cuda").glob("*.cu"))
+# Machine code for Ampere and Hopper, and PTX that the driver compiles for what comes later.
+KERNEL_FLAGS = [
+    *("-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
+    *("-gencode", "arch=compute_80,code=sm_80"),
+    *("-gencode", "arch=compute_90,code=[sm_90,compute_90]"),
+]
+SYSTEM = ["-lrt", "-lpthread", "-ldl"]  # of the static CUDA runtime
+NVCC_VERSION = (12, 5)  # the first that knows mma.sp::ordered_metadata
+# Why there are none; the numbers go to csrc/cuda/module.cpp, which has the same words.
+NO_NVCC, OLD_NVCC, NO_RUNTIME, NVCC_FAILED = 1, 2, 3, 4
 
 
 class Build(BuildExtension):
@@ -64,7 +81,58 @@ class Build(BuildExtension):
                 depends=[str(p) for p in Path("csrc/cpu").glob("*") if p.suffix in (".h", ".inl")],
             )
         self.extensions[0].extra_objects = objects
+        for extension in self.extensions[1:]:
+            add_kernels(extension, Path(self.build_temp, "csrc/cuda"))
         super().build_extensions()
+
+
+def nvcc_choice(home: str = CUDA_HOME) -> tuple[list[str], str, int]:
+    """The nvcc and the static CUDA runtime, or none; what was found, and the number of a fault."""
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if not nvcc:
+        return [], "no nvcc", NO_NVCC
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    version = tuple(map(int, release.groups())) if release else (0, 0)
+    if version < NVCC_VERSION:
+        return [], f"nvcc {'.'.join(map(str, version))}, which is older than 12.5", OLD_NVCC
+    for place in dict.fromkeys((str(Path(nvcc).resolve().parent.parent), home or "/usr")):
+        for folder in ("lib64", "lib", "targets/x86_64-linux/lib", "targets/sbsa-linux/lib"):
+            runtime = Path(place, folder, "libcudart_static.a")
+            if runtime.exists():
+                return [nvcc, str(runtime)], f"{nvcc} {'.'.join(map(str, version))}", 0
+    return [], f"no libcudart_static.a beside {nvcc}", NO_RUNTIME
+
+
+def add_kernels(extension, folder: Path) -> None:
+    """Compile our kernels with nvcc and add them to the CUDA half, or the number of the reason."""
+    tools, _, fault = nvcc_choice()
+    objects = [str(folder / f"{Path(source).stem}.o") for source in KERNELS]
+    if tools:
+        nvcc, runtime = tools
+        folder.mkdir(parents=True, exist_ok=True)
+        commands = [[nvcc, *KERNEL_FLAGS, "-c", s, "-o", o] for s, o in zip(KERNELS, objects)]
+        # Linked alone first: whatever is wrong with them must not take the libraries along.
+        trial = ["-shared", "-cudart", "none", "-Xlinker", "--no-undefined", *objects, runtime]
+        commands.append([nvcc, *trial, *SYSTEM, "-o", str(folder / "trial.so")])
+        fault = 0 if all(map(succeeds, commands)) else NVCC_FAILED
+    if fault:
+        extension.extra_compile_args["cxx"].append(f"-DSPARSEKERN_NO_KERNELS={fault}")
+        return
+    extension.sources.append(KERNEL_OPS)
+    extension.extra_objects = objects
+    # Ours alone: a process may have a shared runtime as well, torch's.
+    hidden = f"-Wl,--exclude-libs,{Path(runtime).name}"
+    extension.extra_link_args += [runtime, *SYSTEM, hidden]
+
+
+def succeeds(command: list[str]) -> bool:
+    """Run a step of the kernels' build; say what failed."""
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        print(f"sparsekern: CUDA half without kernels of our own: nvcc failed at {command[-1]}")
+    return done.returncode == 0
 
 
 def cuda_include_dirs() -> list[str]:
@@ -126,9 +194,10 @@ def extensions() -> list:
     build_cuda, reason = cuda_choice(include_dirs)
     if build_cuda:
         found.append(cuda_extension(include_dirs, common))
+    own = f"; own CUDA kernels: {nvcc_choice()[1]}" if build_cuda else ""
     print(
         f"sparsekern: CPU kernels for {', '.join(ISA_FLAGS)}; "
-        f"CUDA half {'built' if build_cuda else 'not built'}: {reason}"
+        f"CUDA half {'built' if build_cuda else 'not built'}: {reason}{own}"
     )
     return found
 

@@ -11,6 +11,7 @@ import torch
 from sparsekern import _load
 from sparsekern.measure.energy import POWERCAP, find_meter
 from sparsekern.measure.hardware import hardware
+from sparsekern.ops import own_cuda
 from sparsekern.ops.cuda_libraries import CUSPARSE, CUSPARSELT, find_library
 
 OPTIONAL_PACKAGES = {
@@ -95,6 +96,7 @@ def _parts() -> dict[str, dict[str, object]]:
     parts = {
         "CPU kernels (_C)": _native(native["_C"]),
         "GPU kernels (_C_cuda)": _native(native["_C_cuda"]),
+        "GPU kernels for few tokens": _own_kernels(),
         "GPU": _gpu(),
         "cuSPARSE": _library(CUSPARSE),
         "cuSPARSELt": _library(CUSPARSELT),
@@ -110,6 +112,12 @@ def _parts() -> dict[str, dict[str, object]]:
 def _native(status) -> dict[str, object]:
     loaded = bool(status["loaded"])
     return _part(loaded, "loaded" if loaded else status["reason"], status.get("remedy", ""))
+
+
+def _own_kernels() -> dict[str, object]:
+    fault = own_cuda.build_fault()
+    remedy = "put nvcc 12.5 or newer on the PATH and build the CUDA half again"
+    return _part(not fault, fault or "compiled by nvcc", remedy)
 
 
 def _gpu() -> dict[str, object]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ._load import cpu_isa, native_status
 from .measure.hardware import hardware
 from .measure.timer import interleaved
+from .ops.own_cuda import build_fault
 
 CACHE_VERSION = 1
 MIN_GAIN = 1.05  # sparse must win by 5 % to be taken
@@ -138,7 +139,9 @@ def device_key(device: torch.device) -> str:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         half = "with" if native_status()["_C_cuda"]["loaded"] else "without"
+        own = "without" if build_fault() else "with"
         where = f"{torch.cuda.get_device_name(device)}, sm_{major}{minor}, {half} _C_cuda"
+        where += f", {own} kernels for few tokens"
         where += f", CUDA {torch.version.cuda}, triton {package_version('triton')}"
     else:
         where = f"{hardware()['cpu']}, {cpu_isa()}, {torch.get_num_threads()} threads"

@@ -59,7 +59,10 @@ def half(tmp_path_factory):
     libraries = [f for folder in library_paths() for f in ("-L", folder, f"-Wl,-rpath,{folder}")]
     libraries += ["-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
     target = str(out / "_C_cuda.abi3.so")
-    run("g++", *flags, *build.CUDA_SOURCES, *libraries, "-o", target, cwd=ROOT)
+    # Our kernels as plain C++, see stubs/emulated.h.
+    emulated = ["-DSPARSEKERN_EMULATED", f"-I{STUBS}", "-O1", build.KERNEL_OPS]
+    emulated += [f for kernel in build.KERNELS for f in ("-x", "c++", kernel)]
+    run("g++", *flags, *build.CUDA_SOURCES, *emulated, *libraries, "-o", target, cwd=ROOT)
     for name, soname in (("cusparse", "libcusparse.so.12"), ("cusparselt", "libcusparseLt.so.0")):
         linking = ["-fvisibility=default", f"-Wl,-soname,{soname}", "-o", str(out / soname)]
         run("g++", *flags, str(STUBS / f"{name}.cpp"), *linking)
@@ -102,3 +105,61 @@ def test_setup_names_every_missing_header(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     chosen, reason = build.cuda_choice([str(tmp_path)])
     assert chosen and reason == f"headers in {tmp_path}, torch for CUDA 13.0"
+
+
+def nvcc(folder, release="13.0", fails=False):
+    """A folder for PATH with a compiler that says its release, and perhaps fails."""
+    folder.mkdir()
+    tool = folder / "nvcc"
+    tool.write_text(f"#!/bin/sh\necho 'release {release}, V1'\nexit {int(fails)}\n")
+    tool.chmod(0o755)
+    return str(folder)
+
+
+def test_setup_says_why_there_are_no_kernels(monkeypatch, tmp_path):
+    build = setup_py(monkeypatch)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.nvcc_choice("/nowhere") == ([], "no nvcc", build.NO_NVCC)
+    monkeypatch.setenv("PATH", nvcc(tmp_path / "old", "12.3") + ":/bin:/usr/bin")
+    said = "nvcc 12.3, which is older than 12.5"
+    assert build.nvcc_choice("/nowhere") == ([], said, build.OLD_NVCC)
+    monkeypatch.setenv("PATH", nvcc(tmp_path / "bin") + ":/bin:/usr/bin")
+    said = f"no libcudart_static.a beside {tmp_path}/bin/nvcc"
+    assert build.nvcc_choice("/nowhere") == ([], said, build.NO_RUNTIME)
+    runtime = tmp_path / "lib" / "libcudart_static.a"
+    runtime.parent.mkdir()
+    runtime.touch()
+    tool = f"{tmp_path}/bin/nvcc"
+    assert build.nvcc_choice("/nowhere") == ([tool, str(runtime)], f"{tool} 13.0", 0)
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_cuda_half_is_built_without_kernels_that_nvcc_refuses(
+    fails, monkeypatch, tmp_path, capsys
+):
+    build = setup_py(monkeypatch)
+    monkeypatch.setenv("PATH", nvcc(tmp_path / "bin", fails=fails) + ":/bin:/usr/bin")
+    tools = [f"{tmp_path}/bin/nvcc", "/lib/libcudart_static.a"]
+    monkeypatch.setattr(build, "nvcc_choice", lambda: (tools, "", 0))
+    half = build.cuda_extension([], {})
+    before = list(half.sources)
+    build.add_kernels(half, tmp_path / "objects")
+    said = f"CUDA half without kernels of our own: nvcc failed at {tmp_path}/objects/decode_csr.o"
+    assert (said in capsys.readouterr().out) == fails
+    assert ("-DSPARSEKERN_NO_KERNELS=4" in half.extra_compile_args["cxx"]) == fails
+    assert half.sources == (before if fails else [*before, build.KERNEL_OPS])
+    assert bool(half.extra_objects) != fails and (tools[1] in half.extra_link_args) != fails
+
+
+def test_the_module_has_the_words_of_setup(monkeypatch):
+    build = setup_py(monkeypatch)
+    text = (ROOT / "csrc/cuda/module.cpp").read_text()
+    words = re.findall(r'"([^"]*)"', re.search(r"kNoKernels\[\] = \{(.*?)\}", text, re.DOTALL)[1])
+    faults = (0, build.NO_NVCC, build.OLD_NVCC, build.NO_RUNTIME, build.NVCC_FAILED)
+    assert [words[n] for n in faults] == [
+        "",
+        "no nvcc when it was built",
+        "nvcc older than 12.5",
+        "no libcudart_static.a beside nvcc",
+        "nvcc failed",
+    ]

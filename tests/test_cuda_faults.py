@@ -9,7 +9,7 @@ import torch
 
 import sparsekern as sk
 from sparsekern import _load
-from sparsekern.ops import cslt, csr_cuda, cuda_libraries, cuda_support, nm_cuda
+from sparsekern.ops import cslt, csr_cuda, cuda_libraries, cuda_support, nm_cuda, own_cuda
 from sparsekern.ops._library import _stating
 from sparsekern.ops.cuda_libraries import CUSPARSE, CUSPARSELT
 from sparsekern.ops.cuda_support import Device
@@ -35,6 +35,90 @@ def test_a_missing_half_says_why(monkeypatch):
     said = "expected the compiled CUDA half, got none: undefined symbol: aoti_torch"
     assert csr_cuda.cusparse_fault(H200) == said
     assert cslt.library_fault(H200) == said
+
+
+def built(kernels):
+    return lambda: (SimpleNamespace(build_info=lambda: {"kernels": kernels}), "")
+
+
+def test_missing_kernels_say_why(monkeypatch):
+    monkeypatch.setattr(_load, "cuda_half", built("nvcc failed"))
+    said = "expected CUDA kernels compiled by nvcc, got none: nvcc failed"
+    assert own_cuda.kernel_fault(H200) == own_cuda.build_fault() == said
+    assert sk.doctor(quiet=True)["parts"]["GPU kernels for few tokens"]["detail"] == said
+    old = Device("GTX 1080", (6, 1))
+    assert own_cuda.kernel_fault(old).startswith("expected a GPU of compute capability 8.0")
+    monkeypatch.setattr(_load, "cuda_half", built(""))
+    assert own_cuda.kernel_fault(H200) == ""
+    assert sk.doctor(quiet=True)["parts"]["GPU kernels for few tokens"]["available"]
+
+
+@pytest.mark.parametrize("op", ["nm_linear", "csr_linear"])
+def test_ops_state_that_kernels_are_missing(op, monkeypatch):
+    module, ask = {
+        "nm_linear": (nm_cuda, lambda x: nm_cuda._own_ways(x, None, CROW_COL[0], *NONE, 2, 4, "")),
+        "csr_linear": (csr_cuda, lambda x: csr_cuda._own_ways(x, None, *CROW_COL, *NONE, "")),
+    }[op]
+    monkeypatch.setattr(module, "device_facts", lambda index: H200)
+    monkeypatch.setattr(_load, "cuda_half", built("nvcc failed"))
+    cuda_support._STATED.clear()
+    with pytest.warns(RuntimeWarning, match=f"{op} goes without our CUDA kernels?: expected CUDA"):
+        assert not ask(torch.zeros(3, 16).bfloat16())
+
+
+NONE = (None, None)
+CROW_COL = (torch.arange(0, 33, 4, dtype=torch.int32), torch.arange(4).repeat(8).int())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "rows", "taken"),
+    [
+        (1, torch.bfloat16, 8, True),
+        (64, torch.float16, 8, True),
+        (65, torch.bfloat16, 8, False),
+        (1, torch.float32, 8, False),
+        (1, torch.bfloat16, 1 << 24, False),
+    ],
+)
+def test_what_our_kernels_take(tokens, dtype, rows, taken):
+    assert own_cuda.takes(torch.zeros(tokens, 16, dtype=dtype), rows) == taken
+
+
+@pytest.mark.parametrize(
+    ("tokens", "density", "ways"),
+    [
+        (1, 0.05, ["gather"]),
+        (16, 0.3, ["gather", "2:4 + rest"]),
+        (17, 0.3, ["2:4 + rest"]),
+        (8, 0.6, ["2:4 + rest"]),
+        (8, 0.9, []),
+    ],
+)
+def test_densities_that_our_kernels_are_for(tokens, density, ways):
+    x = torch.zeros(tokens, 100)
+    assert own_cuda.csr_ways(x, 10, round(density * 1000)) == ways
+
+
+def test_clusters_are_for_hopper_and_later(monkeypatch):
+    monkeypatch.setattr(own_cuda, "multiprocessors", lambda device: 132)
+    ways = {"mma.sp": False, "mma.sp cluster": True}
+    x = torch.zeros(64, 4096)
+    assert own_cuda.nm_ways(x, 4096, (9, 0)) == own_cuda.nm_ways(x, 4096, (10, 0)) == ways
+    assert list(own_cuda.nm_ways(x, 4096, (8, 9))) == ["mma.sp"]
+    assert list(own_cuda.nm_ways(x, 128 * 132, (9, 0))) == ["mma.sp"]  # nothing is cut
+    assert list(own_cuda.nm_ways(x, 128, (9, 0))) == ["mma.sp"]  # 16 parts
+
+
+def test_sums_are_cut_where_blocks_are_few():
+    # Rows of a block: 32 up to 8 tokens, 64 up to 16, then 128.
+    assert own_cuda.nm_split(8, 4096, 4096, 132) == 1
+    assert own_cuda.nm_split(8, 1024, 8192, 132) == 4
+    assert own_cuda.nm_split(64, 4096, 4096, 132) == 4
+    assert own_cuda.nm_split(64, 128, 128, 132) == 1  # nothing to cut
+    for cols in (128, 4096, 11008, 14336):  # no part is empty
+        split = own_cuda.nm_split(1, 32, cols, 132)
+        chunks = -(-cols // 1024)
+        assert (split - 1) * -(-chunks // split) < chunks
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,12 @@ def test_key_of_a_gpu_names_all_a_timing_depends_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (9, 0))
     key = tune.device_key(torch.device("cuda"))
-    for part in ("NVIDIA H200, sm_90", "without _C_cuda", "triton ", torch.__version__):
+    for part in (
+        "NVIDIA H200, sm_90",
+        "without _C_cuda, without kernels",
+        "triton ",
+        torch.__version__,
+    ):
         assert part in key
     assert tune.package_version("no-such-package") == "none"
 

@@ -12,6 +12,7 @@ from sparsekern._load import native_status
 from sparsekern.measure import hardware
 from sparsekern.measure.energy import load_nvml
 from sparsekern.measure.nvml import MEMORY_CLOCK, SM_CLOCK
+from sparsekern.ops.own_cuda import build_fault
 
 LOST = 86  # exit code of a process whose GPU context is gone
 ROOT = Path(__file__).parents[2]
@@ -84,6 +85,7 @@ def header(device: torch.device) -> dict[str, object]:
         }
     status = native_status()
     found["halves"] = {name: half["reason"] or "loaded" for name, half in status.items()}
+    found["kernels for few tokens"] = build_fault() or "compiled by nvcc"
     return found
 
 

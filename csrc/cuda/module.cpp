@@ -12,9 +12,17 @@ PyObject* free_plan(PyObject*, PyObject* number) {
   return PyBool_FromLong(sparsekern::free_plan(n));
 }
 
+// Why the kernels for few tokens are not in this build (the numbers of setup.py); empty if they
+// are.
+#ifndef SPARSEKERN_NO_KERNELS
+#define SPARSEKERN_NO_KERNELS 0
+#endif
+const char* const kNoKernels[] = {"", "no nvcc when it was built", "nvcc older than 12.5",
+                                  "no libcudart_static.a beside nvcc", "nvcc failed"};
+
 PyObject* build_info(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:i,s:i}", "compiler", __VERSION__, "cuda", CUDART_VERSION, "cusparse",
-                       CUSPARSE_VERSION);
+  return Py_BuildValue("{s:s,s:i,s:i,s:s}", "compiler", __VERSION__, "cuda", CUDART_VERSION,
+                       "cusparse", CUSPARSE_VERSION, "kernels", kNoKernels[SPARSEKERN_NO_KERNELS]);
 }
 
 PyMethodDef methods[] = {

@@ -9,14 +9,14 @@ import functools
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
+from . import cuda_packed
 from .cuda_choice import ROUNDS, elapsed_ms, token_bucket
 from .cuda_libraries import CUSPARSELT, find_library
+from .cuda_packed import Packed
 from .cuda_support import capturing, device_fault, half_fault, refuse, state_once
 
 _OPS = torch.ops.sparsekern
@@ -88,47 +88,16 @@ def pack(dense: Tensor, into: Tensor | None = None) -> Tensor:
     return into
 
 
-@dataclass
-class Packed:
-    """A packed weight and what it was made of.
-
-    Attributes:
-        bytes: Always the same memory, so that captured graphs see new weights after a repack.
-        source: Storage, offset and version of the values; None while unknown.
-        stream: Where it was packed, and `done` the event of it.
-    """
-
-    bytes: Tensor | None = None
-    source: tuple | None = None
-    storage: StorageWeakRef | None = None
-    stream: int = 0
-    done: torch.cuda.Event | None = None
-
-
-def _source(values: Tensor) -> tuple:
-    return values.untyped_storage()._cdata, values.storage_offset(), values._version, values.dtype
-
-
 def packed_weight(held: Packed, values: Tensor, make_dense) -> Tensor:
-    """The packed weight, made again when the values changed (by identity and version counter).
+    """The packed weight, made again when the values changed (see cuda_packed)."""
 
-    Writes through `values.data` do not count as changes to torch and are not seen.
-    """
-    source, stream = _source(values), torch.cuda.current_stream(values.device)
-    if held.source != source:
+    def renew(old):
         dense = make_dense()
-        if held.bytes is None and not capturing(values) and int(_OPS._cslt_prune_check(dense)):
+        if old is None and not capturing(values) and int(_OPS._cslt_prune_check(dense)):
             refuse("nm_linear", "a 2:4 weight", "one that cuSPARSELt finds to be none")
-        held.bytes = pack(dense, held.bytes)
-        # A capture only records the packing; whoever comes next has to do it.
-        held.source = None if capturing(values) else source
-        # Keeps the address of the storage from being given to another one.
-        held.storage = StorageWeakRef(values.untyped_storage())
-        if not capturing(values):
-            held.stream, held.done = stream.cuda_stream, stream.record_event()
-    elif stream.cuda_stream != held.stream and not capturing(values):
-        stream.wait_event(held.done)
-    return held.bytes
+        return (pack(dense, old[0] if old else None),)
+
+    return cuda_packed.packed_weight(held, values, renew)[0]
 
 
 def padded_tokens(x: Tensor, unit: int = 8) -> Tensor:

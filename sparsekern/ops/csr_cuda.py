@@ -1,4 +1,4 @@
-"""csr_linear and its gradients on CUDA: cuSPARSE, our Triton kernels, or dense, by timing.
+"""csr_linear and its gradients on CUDA: cuSPARSE, our kernels, or dense, by timing.
 
 cuSPARSE sees the weight as the left operand, so x (tokens, in) is its column-major (in, tokens) as
 it lies in memory; the row-major ways transpose x and y, which can still be faster. In 16 bits
@@ -11,9 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import own_check, own_cuda
 from ._library import CUDA, check_activation, check_indices
 from .cuda_choice import run_fastest, shape_key
 from .cuda_libraries import CUSPARSE, find_library
+from .cuda_packed import PackedWay, packed_record
 from .cuda_support import (
     Record,
     aligned,
@@ -148,6 +150,7 @@ def _linear_ways(x, values, crow, col, bias, plan, activation) -> dict:
 
             arguments = (x, values, crow, col, decode_plan, bias, activation)
             ways["decode"] = lambda: csr_decode(*arguments)
+        ways |= _own_ways(x, values, crow, col, bias, plan, activation)
         if library:
 
             def end(y):
@@ -165,6 +168,26 @@ def _linear_ways(x, values, crow, col, bias, plan, activation) -> dict:
 
     ways["dense"] = dense
     return ways
+
+
+def _own_ways(x, values, crow, col, bias, plan, activation) -> dict:
+    """Those of our CUDA kernels; states once when the device or build has none."""
+    rows = crow.numel() - 1
+    names = own_cuda.csr_ways(x, rows, col.numel()) if own_cuda.takes(x, rows) else []
+    if not names:
+        return {}
+    device = _facts(x)
+    fault = own_cuda.kernel_fault(device) or own_check.check_fault(x, device.capability)
+    if fault:
+        state_once(f"csr_linear goes without our CUDA kernels: {fault}")
+        return {}
+
+    def way(name, held):
+        arguments = (name, x, values, crow, col, bias, activation, held)
+        return PackedWay(lambda: own_cuda.csr_linear(*arguments), held)
+
+    held = {name: packed_record(plan, values, (name, x.dtype)) for name in names}
+    return {name: way(name, place) for name, place in held.items() if place is not None}
 
 
 def _usable(plan: Tensor, like: Tensor) -> bool:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .cuda_packed import PackedWay
 from .cuda_support import capturing, state_once
 
 ROUNDS = 3
@@ -52,6 +53,7 @@ def run_fastest(key: tuple, ways: dict[str, Callable[[], Tensor]], like: Tensor)
     name = _CHOSEN.get(key)
     if name is None and not capturing(like) and _may_time():
         name = _CHOSEN[key] = _fastest(key, ways)
+        _release(ways, name)
     order = [name] if name in ways else []
     order += [n for n in ways if n not in order and n not in _BROKEN.get(key, {})]
     for i, candidate in enumerate(order):
@@ -62,6 +64,14 @@ def run_fastest(key: tuple, ways: dict[str, Callable[[], Tensor]], like: Tensor)
                 raise
             _leave_out(key, candidate, error)
     raise RuntimeError(f"{key[0]}: expected a way that works, got {_BROKEN.get(key)}")
+
+
+def _release(ways: dict[str, Callable[[], Tensor]], name: str | None) -> None:
+    """Let go what the ways keep that were not chosen (see cuda_packed)."""
+    kept = getattr(ways.get(name), "held", None)
+    for way in ways.values():
+        if isinstance(way, PackedWay) and way.held is not kept:
+            way.held.release()
 
 
 def _may_time() -> bool:

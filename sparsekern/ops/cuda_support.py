@@ -48,6 +48,14 @@ def device_facts(index: int) -> Device:
     )
 
 
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for the CPU, where tests run kernels."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def device_fault(device: Device, needed: tuple[int, int]) -> str:
     """Say why a device cannot run our kernels at all; empty when it can."""
     if device.hip:
@@ -162,7 +170,7 @@ class Record:
         made: Tensors made here instead of the contents of a plan that is not ours.
         plans: Numbers of cuSPARSE plans by what they were made for, the last used at the end.
         pinned: Those that a captured graph uses; they live as long as the record.
-        packed: Packed weights (see nm_cuda).
+        packed: Packed weights (see cuda_packed).
     """
 
     made: Tensor | None = None

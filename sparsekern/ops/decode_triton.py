@@ -4,7 +4,6 @@ Imports Triton; nothing but a call with CUDA tensors imports this module.
 """
 
 import contextlib
-import functools
 import os
 
 import torch
@@ -12,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ._library import check_activation
+from .cuda_support import multiprocessors
 
 # Triton's interpreter keeps bfloat16 as integers and computes nonsense with it.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -98,14 +98,6 @@ def split_for(tiles: int, steps: int, device: torch.device) -> int:
 def sum_type(x: torch.Tensor):
     """What products of `x` are summed in."""
     return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
-@functools.lru_cache
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 for the CPU, where the interpreter runs."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def on_device(x: torch.Tensor):

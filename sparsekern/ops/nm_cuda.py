@@ -1,4 +1,4 @@
-"""nm_linear and its gradients on CUDA: cuSPARSELt, our Triton kernels, or dense, by timing.
+"""nm_linear and its gradients on CUDA: cuSPARSELt, our kernels, or dense, by timing.
 
 The weight gradient is a dense product of which the kept positions are collected. The input gradient
 runs on the transposed weight packed as 2:4 where its mask is 2:4, too, else on the dense one.
@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cslt
+from . import cslt, own_check, own_cuda
 from ._library import CUDA, check_activation
 from .cuda_choice import run_fastest, shape_key
+from .cuda_packed import PackedWay, packed_record
 from .cuda_support import (
     Record,
     aligned,
@@ -110,32 +111,52 @@ def _linear_ways(x, values, index, bias, plan, n, m, activation) -> dict:
 
         arguments = (x, aligned(values), index, (rows, cols, n, m), bias, activation)
         ways["decode"] = lambda: nm_decode(*arguments)
-    packed = _packed_way(plan, values, x, rows, cols, n, m)
-    if packed is not None:
+    ways |= _own_ways(x, values, index, bias, plan, n, m, activation)
+    place = _library_place(plan, values, x, rows, cols, n, m)
+    if place is not None:
         contiguous = values.contiguous()
 
         def library():
-            weight = packed(lambda: expand(contiguous, index, cols, n, m))
+            weight = cslt.packed_weight(
+                place, values, lambda: expand(contiguous, index, cols, n, m)
+            )
             b = aligned(bias) if bias is not None else None
             return cslt.linear(x, weight, b, rows, activation)
 
-        ways["cusparselt"] = library
+        ways["cusparselt"] = PackedWay(library, place)
     ways["dense"] = lambda: _dense_linear(x, values, index, bias, plan, n, m, activation)
     return ways
 
 
-def _packed_way(plan, values, x, rows, cols, n, m, kind: str = "forward"):
-    """Makes or finds the packed weight, given what makes the dense one; None where it cannot."""
+def _own_ways(x, values, index, bias, plan, n, m, activation) -> dict:
+    """Those of our CUDA kernel; states once when the device or build has none."""
+    rows = index.shape[0]
+    if (n, m) != (2, 4) or not own_cuda.takes(x, rows):
+        return {}
+    device = device_facts(x.device.index)
+    fault = own_cuda.kernel_fault(device) or own_check.check_fault(x, device.capability)
+    if fault:
+        state_once(f"nm_linear goes without our CUDA kernel: {fault}")
+        return {}
+    held = packed_record(plan, values, ("own", x.dtype))
+    if held is None:
+        return {}
+    arguments = (x, values.contiguous(), index, bias, activation, held)
+
+    def way(cluster):
+        return PackedWay(lambda: own_cuda.nm_linear(*arguments, cluster), held)
+
+    names = own_cuda.nm_ways(x, rows, device.capability)
+    return {name: way(cluster) for name, cluster in names.items()}
+
+
+def _library_place(plan, values, x, rows, cols, n, m, kind: str = "forward"):
+    """Where the weight packed for cuSPARSELt is kept; None where it cannot run."""
     fault = library_fault(x, rows, cols, n, m)
     if fault:
         state_once(f"nm_linear goes without cuSPARSELt: {fault}")
         return None
-    if plan is None or values.is_inference():
-        # Nothing to keep a packed weight with, or no counter that tells when it is out of date.
-        return None
-    record = recall(plan) or remember(plan, Record())
-    held = record.packed.setdefault((kind, x.dtype), cslt.Packed())
-    return lambda make_dense: cslt.packed_weight(held, values, make_dense)
+    return packed_record(plan, values, (kind, x.dtype))
 
 
 def _grad_input(grad, values, index, plan_t, in_features, n, m):
@@ -152,16 +173,17 @@ def _grad_input(grad, values, index, plan_t, in_features, n, m):
             return dense().view(*grad.shape[:-1], in_features)
         ways = {"dense": dense}
         if _transposable(plan_t, grad, index, in_features, n, m):
-            packed = _packed_way(plan_t, values, grad, in_features, rows, n, m, "transposed")
-            if packed is not None:
+            place = _library_place(plan_t, values, grad, in_features, rows, n, m, "transposed")
+            if place is not None:
+
+                def transposed():
+                    return expand(values, index, in_features, n, m).t().contiguous()
 
                 def library():
-                    weight = packed(
-                        lambda: expand(values, index, in_features, n, m).t().contiguous()
-                    )
+                    weight = cslt.packed_weight(place, values, transposed)
                     return cslt.linear(flat, weight, None, in_features, "none")
 
-                ways = {"cusparselt": library, **ways}
+                ways = {"cusparselt": PackedWay(library, place), **ways}
         key = shape_key(op, grad, rows, in_features, values.numel(), flat.shape[0])
         y = run_fastest((*key, n, m, len(ways)), ways, grad)
         return y.view(*grad.shape[:-1], in_features)

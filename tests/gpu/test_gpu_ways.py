@@ -5,7 +5,7 @@ import torch
 from gpu_common import DTYPES, check_close, on_cpu, poison, run
 from samples import csr_of, random_nm, random_weight
 
-from sparsekern.ops import csr, csr_cuda, nm, nm_cuda
+from sparsekern.ops import csr, csr_cuda, nm, nm_cuda, own_cuda
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,6 +58,13 @@ def check(ways, op, reference, name, arguments, what):
     compare(ways, want, what)
 
 
+def expect_ways(ways, op, names, dtype):
+    """Our CUDA kernels are among them, where they were built and take the dtype."""
+    if own_cuda.build_fault() or dtype not in own_cuda.DTYPES:
+        names = ()
+    assert {n for o, n in ways if o == op} >= set(names)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.95])
 @pytest.mark.parametrize("shape", [(256, 512), (131, 300)], ids=str)
@@ -72,6 +79,8 @@ def test_csr(shape, sparsity, dtype, ways):
         arguments = (x, values.to("cuda", dtype), crow, col, bias, *plans, "relu")
         ways.clear()
         check(ways, csr.csr_linear, csr._linear_reference, "csr_linear", arguments, f"T={tokens}")
+        names = own_cuda.csr_ways(x, rows, col.numel()) if tokens <= own_cuda.MAX_TOKENS else []
+        expect_ways(ways, "csr_linear", names, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -88,3 +97,5 @@ def test_nm(shape, n, m, dtype, ways):
         arguments = (x, values.to("cuda", dtype), index, bias, *plans, n, m, "none")
         ways.clear()
         check(ways, nm.nm_linear, nm._linear_reference, "nm_linear", arguments, f"T={tokens}")
+        if (n, m) == (2, 4) and tokens <= own_cuda.MAX_TOKENS:
+            expect_ways(ways, "nm_linear", ["mma.sp"], dtype)

@@ -24,7 +24,7 @@ if STUBS:
     SPARSE.stub_count.restype = LT.stub_lt_count.restype = ctypes.c_int64
 
     from sparsekern import _load
-    from sparsekern.ops import cslt, csr_cuda, cuda_choice, cuda_support, nm_cuda
+    from sparsekern.ops import cslt, csr_cuda, cuda_choice, cuda_support, nm_cuda, own_check
 
     spec = importlib.util.spec_from_file_location("sparsekern._C_cuda", f"{STUBS}/_C_cuda.abi3.so")
     sys.modules["sparsekern._C_cuda"] = importlib.util.module_from_spec(spec)
@@ -71,6 +71,8 @@ def device(monkeypatch, streams):
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(cslt, "float16_fault", lambda index: "")
+    monkeypatch.setattr(own_check, "TOKENS", ())  # takes seconds here
+    own_check._FOUND.clear()
     for state in (cuda_choice._CHOSEN, cuda_choice._BROKEN, cslt._ALGORITHMS, cslt._FUSED_GELU):
         state.clear()
     cuda_support._STATED.clear()

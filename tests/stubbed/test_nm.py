@@ -97,14 +97,14 @@ def test_a_changed_weight_is_packed_again_in_place(only):
         return LT.stub_lt_count(b"compress") - before
 
     assert [packings(values), packings(values)] == [1, 0]
-    (held,) = nm_cuda.recall(plan).packed.values()
-    address = held.bytes.data_ptr()
+    held = nm_cuda.recall(plan).packed["forward", torch.bfloat16]
+    address = held.tensors[0].data_ptr()
     with torch.no_grad():
         values.mul_(2)
     assert [packings(values), packings(values)] == [1, 0]
     other = values.clone()  # another tensor, also at version 0
     assert [packings(other), packings(values)] == [1, 1]
-    assert held.bytes.data_ptr() == address
+    assert held.tensors[0].data_ptr() == address
 
 
 def test_another_stream_waits_for_the_packing(only, streams):
