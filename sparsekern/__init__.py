@@ -34,7 +34,14 @@ from .prune import (
 from .quantize import QuantizationReport, quantize
 from .storage import load, save
 from .weights import BlockWeight, CSRWeight, NMWeight
-from .weights_int8 import Int8BlockWeight, Int8CSRWeight
+from .weights_int8 import (
+    DynamicFloat8NMWeight,
+    DynamicInt8NMWeight,
+    Float8NMWeight,
+    Int8BlockWeight,
+    Int8CSRWeight,
+    Int8NMWeight,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -75,8 +82,12 @@ __all__ = [
     "SparseConv2d",
     "BlockWeight",
     "CSRWeight",
+    "DynamicFloat8NMWeight",
+    "DynamicInt8NMWeight",
+    "Float8NMWeight",
     "Int8BlockWeight",
     "Int8CSRWeight",
+    "Int8NMWeight",
     "NMWeight",
     "patterns",
     "cpu_isa",

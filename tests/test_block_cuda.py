@@ -8,13 +8,28 @@ import torch
 from samples import SAMPLES, random_blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsekern.ops import block, block_conv, block_cuda, conv, conv_cuda, cuda_support, nm_conv
+from sparsekern.ops import (
+    block,
+    block_conv,
+    block_cuda,
+    conv,
+    conv_cuda,
+    csr_conv_cuda,
+    csr_cuda,
+    cuda_support,
+    nm_conv,
+    nm_conv_cuda,
+    nm_cuda,
+)
 
 
 @pytest.fixture(autouse=True)
 def _no_kernels(monkeypatch):
-    for module in (block_cuda, conv_cuda):
+    for module in (block_cuda, csr_cuda, nm_cuda):
         monkeypatch.setattr(module, "kernel_fault", lambda device: "this is a test")
+    monkeypatch.setattr(csr_cuda, "cusparse_fault", lambda device: "so is this")
+    for module in (csr_cuda, nm_cuda):
+        monkeypatch.setattr(module, "device_facts", lambda index: None)
     monkeypatch.setattr(cuda_support, "_STATED", set())
     monkeypatch.setenv("SPARSEKERN_TUNE", "0")
 
@@ -49,8 +64,8 @@ def test_dense_conv(name):
         arguments = list(sample.build(torch.float64))
         run, reference = {
             "block_conv2d": (conv_cuda._block_conv, block_conv._conv_reference),
-            "csr_conv2d": (conv_cuda._csr_conv, conv._conv_reference),
-            "nm_conv2d": (conv_cuda._nm_conv, nm_conv._conv_reference),
+            "csr_conv2d": (csr_conv_cuda._conv, conv._conv_reference),
+            "nm_conv2d": (nm_conv_cuda._conv, nm_conv._conv_reference),
         }[name]
         want, plan = reference(*arguments), 4 if name == "nm_conv2d" else 5
         if name == "block_conv2d":  # the others take any plan as a sign that indices were checked
@@ -71,8 +86,11 @@ def test_the_reason_of_the_dense_path_is_said_once():
         assert text in block_cuda.misfit(dtype, height)
     assert block_cuda.misfit(torch.bfloat16, 9) == ""
     arguments = SAMPLES["nm_conv2d"][0].build(torch.float32)
-    with pytest.warns(RuntimeWarning, match="nm_conv2d is computed with the dense .*: only 1x1"):
-        conv_cuda._nm_conv(*arguments)
+    with pytest.warns(RuntimeWarning, match="nm_conv2d is computed with the dense .*: this is a"):
+        nm_conv_cuda._conv(*arguments)
+    arguments = SAMPLES["csr_conv2d"][0].build(torch.float32)
+    with pytest.warns(RuntimeWarning, match="csr_conv2d is computed with the dense .*: this is a"):
+        csr_conv_cuda._conv(*arguments)
 
 
 class NoWaiting(TorchDispatchMode):
@@ -102,8 +120,8 @@ def test_with_plans_nothing_waits_for_the_device():
         block_cuda._grad_values(y, x, crow, col, plans[0], *values.shape[1:])
         geometry = (kernel, stride, padding, dilation, groups)
         conv_cuda._block_conv(*arguments, outputs, *geometry, act2)
-        conv_cuda._csr_conv(*convs[0])
-        conv_cuda._nm_conv(*convs[1])
+        csr_conv_cuda._conv(*convs[0])
+        nm_conv_cuda._conv(*convs[1])
     with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
         block_cuda._linear(x, values, crow, col, bias, None, None, rows, act)
 
@@ -149,6 +167,7 @@ def test_messages():
 
 def test_registered_for_cuda():
     ops = ("block_plan", "block_linear", "block_linear_grad_input", "block_linear_grad_values")
-    ops += ("block_conv2d", "csr_conv2d", "nm_conv2d")
+    for name in ("block_conv2d", "csr_conv2d", "nm_conv2d"):
+        ops += (name, f"{name}_grad_input", f"{name}_grad_values")
     for op in ops:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekern::{op}", "CUDA")

@@ -45,7 +45,8 @@ block_linear_int8 = define(
 )
 
 
-def _grad_input(grad, values, scales, crow, col, in_features):
+def _grad_input(grad, weight, in_features, sizes):
+    values, scales, crow, col = weight
     wide = dequantize_blocks(values, scales, crow).to(grad.dtype)
     return block_linear_grad_input(grad, wide, crow, col, None, in_features)
 
@@ -53,5 +54,5 @@ def _grad_input(grad, values, scales, crow, col, in_features):
 torch.library.register_autograd(
     f"sparsekern::{OP}",
     _frozen.backward(block_linear_int8, _grad_input),
-    setup_context=_frozen.setup_context,
+    setup_context=_frozen.setup_context(),
 )
