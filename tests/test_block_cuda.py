@@ -120,8 +120,15 @@ def test_with_plans_nothing_waits_for_the_device():
         block_cuda._grad_values(y, x, crow, col, plans[0], *values.shape[1:])
         geometry = (kernel, stride, padding, dilation, groups)
         conv_cuda._block_conv(*arguments, outputs, *geometry, act2)
-        csr_conv_cuda._conv(*convs[0])
-        nm_conv_cuda._conv(*convs[1])
+        y = csr_conv_cuda._conv(*convs[0])
+        x, values, crow, col, _, plan, plan_t, *geometry, _ = convs[0]
+        csr_conv_cuda._grad_input(y, values, crow, col, plan_t, *x.shape[1:], *geometry)
+        csr_conv_cuda._grad_values(y, x, crow, col, plan, *geometry)
+        y = nm_conv_cuda._conv(*convs[1])
+        x, values, index, _, _, plan_t, *geometry, _ = convs[1]
+        nm_conv_cuda._grad_input(y, values, index, plan_t, *x.shape[1:], *geometry)
+        nm_conv_cuda._grad_values(y, x, index, plan_t, *geometry)
+    x, values, crow, col, bias, plans, rows, act = linear(SAMPLES["block_linear"][6])
     with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
         block_cuda._linear(x, values, crow, col, bias, None, None, rows, act)
 
