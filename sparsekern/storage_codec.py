@@ -32,10 +32,11 @@ AS_THEY_ARE = {
     )
 }  # fmt: skip
 PARTS = {
-    **{name: weight.parts for name, weight in {**FORMATS, **AS_THEY_ARE}.items()},
+    **{name: weight.parts for name, weight in FORMATS.items()},
     "mask": ("values", "mask"),
     "csr_int8": Int8CSRWeight.parts,
     "mask_int8": ("values", "scales", "mask"),
+    **{name: weight.parts for name, weight in AS_THEY_ARE.items()},
 }
 
 
