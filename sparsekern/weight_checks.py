@@ -96,7 +96,7 @@ def check_int8_nm(
     _check_scaled(op, values, scales, shape, kind)
     if kind == torch.uint8 and not values.is_meta:
         check(not bool((values & 127 == 127).any()), "float8 values without NaN", "NaN", op)
-    _check_nm_parts(op, values, index, torch.Size(shape), n, m)
+    _check_nm_parts(op, values, index, torch.Size(shape), n, m, kind)
 
 
 def _check_scaled(op: str, values: Tensor, scales: Tensor, shape, kind=torch.int8) -> None:
@@ -197,23 +197,24 @@ def check_nm(values: Tensor, index: Tensor, shape, n: int, m: int) -> None:
     """
     shape = torch.Size(shape)
     check(len(shape) in (2, 4), "a shape of 2 or 4 dimensions", tuple(shape), "NMWeight")
-    check(values.is_floating_point(), "values in floating point", values.dtype, "NMWeight")
     _check_nm_parts("NMWeight", values, index, shape, n, m)
 
 
-def _check_nm_parts(op: str, values: Tensor, index: Tensor, shape, n: int, m: int) -> None:
+def _check_nm_parts(op, values: Tensor, index: Tensor, shape, n: int, m: int, kind=None) -> None:
+    """`kind` is the dtype of values, None for floating point."""
     check = _checker(op)
     fault = nm_misfit(NM(n, m), shape)
     check(not fault, "an N:M pattern that fits", fault)
     slots = slot_count(shape[1], n, m, shape[2:].numel())
-    for name, t, width in (
-        ("values", values, slots),
-        ("index", index, -(-slots * slot_bits(m) // 8)),
+    for name, t, width, stored in (
+        ("values", values, slots, kind),
+        ("index", index, -(-slots * slot_bits(m) // 8), torch.uint8),
     ):
         got = f"{t.dtype} of shape {tuple(t.shape)}"
-        kind = "" if name == "values" else " in uint8"
-        fits = tuple(t.shape) == (shape[0], width) and (not kind or t.dtype == torch.uint8)
-        check(fits, f"{name} ({shape[0]}, {width}){kind}", got)
+        text = str(stored).removeprefix("torch.") if stored else "floating point"
+        fits = t.dtype == stored if stored else t.is_floating_point()
+        wanted = f"{name} ({shape[0]}, {width}) in {text}"
+        check(fits and tuple(t.shape) == (shape[0], width), wanted, got)
     check(shape[0] * slots <= INT32_MAX, "fewer than 2^31 values", shape[0] * slots)
     if not index.is_meta:
         fault = index_fault(index, shape[1], n, m, shape[2:].numel())

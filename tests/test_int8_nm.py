@@ -209,7 +209,10 @@ def test_saved_and_loaded_into_every_kind(kind, activations, tmp_path):
     ("change", "message"),
     [
         ({"values": lambda t: t.float()}, "expected values of int8, got torch.float32"),
-        ({"values": lambda t: t[:, 1:]}, r"expected values \(40, 26\), got torch.int8 of shape"),
+        (
+            {"values": lambda t: t[:, 1:]},
+            r"expected values \(40, 26\) in int8, got torch.int8 of shape",
+        ),
         ({"scales": lambda t: -t}, "expected scales above 0, got others"),
         ({"index": lambda t: t.int()}, r"expected index \(40, 7\) in uint8, got torch.int32"),
         ({"index": lambda t: t * 0}, "expected positions that rise inside each group"),
