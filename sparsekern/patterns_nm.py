@@ -42,7 +42,7 @@ class NM(Pattern):
         self.check_agrees("mask", sparsity)
         groups = self._groups(as_3d(scores))
         if self.m <= COMPARED and not bool(groups.isnan().any()):
-            kept = _compare(groups, self.n)
+            kept = largest_members(groups, self.n)
         else:
             best = groups.argsort(dim=2, descending=True, stable=True)[:, :, : self.n]
             kept = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device)
@@ -124,8 +124,8 @@ LARGEST_BLOCK = 4
 CHUNK = 1 << 16  # blocks whose masks are tried at a time
 
 
-def _compare(groups: Tensor, n: int) -> Tensor:
-    """Mask of the n largest along dimension 2, of equal ones the first, by all pairs."""
+def largest_members(groups: Tensor, n: int) -> Tensor:
+    """Mask of the n largest along dimension 2, of equal ones the first; all pairs are compared."""
     members = groups.unbind(2)
     ahead = [
         torch.zeros(members[0].shape, dtype=torch.uint8, device=groups.device) for _ in members

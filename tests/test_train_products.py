@@ -11,7 +11,7 @@ from torch import nn
 import sparsekern as sk
 from sparsekern.ops.nm_ste import nm_prune, nm_ste_linear
 from sparsekern.patterns import parse
-from sparsekern.prune.products import PrunedLinear
+from sparsekern.prune.products import PrunedLinear, mask_by_kernel
 
 PATTERNS = [("2:4", (2, 4, False)), ("2:4T", (2, 4, True)), ("1:4", (1, 4, False))]
 
@@ -97,6 +97,17 @@ def test_training_is_the_same_with_and_without(pattern):
         last[products] = loss_of(model).item()
     assert losses[True] == pytest.approx(losses[False], rel=1e-4)
     assert last[True] == pytest.approx(last[False], rel=1e-4) and losses[True][-1] < losses[True][0]
+
+
+@pytest.mark.parametrize("text", ["2:4", "2:4T"])
+def test_masks_of_the_kernel(text):
+    """As the pattern chooses, also among zeros; on a GPU the op behind it is one kernel."""
+    sizes, pattern = torch.rand(16, 24), parse(text)
+    sizes[:4], sizes[4, :8] = 0, 1
+    assert torch.equal(mask_by_kernel(sizes, pattern), pattern.mask(sizes))
+    assert torch.equal(
+        mask_by_kernel(sizes.bfloat16(), pattern), pattern.mask(sizes.bfloat16().float())
+    )
 
 
 def test_a_dense_start_and_what_is_left_alone():

@@ -46,8 +46,9 @@ def test_unfold_and_fold(dtype, cap):
     build(unfold_triton.fold_kernel, dtype, fixed, cap, columns=kind, y=kind)
 
 
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
-@pytest.mark.parametrize(("dtype", "cap"), CAPS)
+@pytest.mark.parametrize(
+    ("dtype", "cap", "n", "m"), [*((*case, 2, 4) for case in CAPS), ("bf16", 80, 4, 8)]
+)
 def test_implicit_kernel(dtype, cap, n, m):
     kind = f"*{dtype}"
     fixed = nm_conv_triton.constants(THREE, n, m, 6272, DTYPES[dtype])
@@ -58,8 +59,10 @@ def test_implicit_kernel(dtype, cap, n, m):
         assert "wgmma.mma_async" in built.ptx
 
 
-@pytest.mark.parametrize(("dtype", "cap"), CAPS)
-@pytest.mark.parametrize("side", [16, 128])
+@pytest.mark.parametrize(
+    ("dtype", "cap", "side"),
+    [("bf16", 80, 16), ("bf16", 90, 128), ("fp32", 90, 128), ("fp16", 100, 16)],
+)
 def test_weight_gradient_of_blocks(dtype, cap, side):
     kind, index = f"*{dtype}", "*i32"
     step = 128 // DTYPES[dtype].itemsize

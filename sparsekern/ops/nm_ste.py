@@ -11,7 +11,7 @@ at every call. The gradient of W is that by the pruned weight, for kept and drop
 
 import torch
 
-from ..patterns_nm import NM, TransposableNM
+from ..patterns_nm import COMPARED, NM, TransposableNM, largest_members
 from ._library import check_values, define
 
 LINEAR, GRAD_INPUT, PRUNE = "nm_ste_linear", "nm_ste_linear_grad_input", "nm_prune"
@@ -32,7 +32,15 @@ def prune_reference(weight, n, m, transposable):
     if weight.numel() == 0:
         return weight.clone()
     pattern = (TransposableNM if transposable else NM)(n, m)
-    return torch.where(pattern.mask(weight.abs().float()), weight, 0) + 0.0
+    if weight.device.type == "cpu" and pattern.verify(weight != 0):
+        return weight + 0.0  # as a Pruner leaves it: a look is quicker than the choice
+    sizes = weight.abs().float()
+    if transposable or m > COMPARED:
+        mask = pattern.mask(sizes)
+    else:  # without a wait for the device
+        groups = sizes.view(weight.shape[0], -1, m, 1)
+        mask = largest_members(groups, n).view(weight.shape)
+    return torch.where(mask, weight, 0) + 0.0
 
 
 def _prune_fake(weight, n, m, transposable):

@@ -1,9 +1,9 @@
-"""Linear layers that multiply by their N:M weight while it is trained dense."""
+"""Linear layers that multiply by their N:M weight while it is trained dense, and its masks."""
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.nm_ste import nm_ste_linear
+from ..ops.nm_ste import nm_prune, nm_ste_linear
 from ..patterns import NM
 from ..patterns_nm import TransposableNM
 
@@ -28,6 +28,17 @@ class PrunedLinear(nn.Linear):
             x, weight = x.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
         return nm_ste_linear(x, weight, bias, *self.pruned_to)
+
+
+def mask_by_kernel(sizes: Tensor, pattern: NM) -> Tensor:
+    """The mask `(out, in)` of the largest sizes >= 0, as `pattern.mask`, by the kernel of a GPU.
+
+    A transposable one has the largest sums in float32, which may differ where two sums are equal
+    but for rounding.
+    """
+    # Above 0, so that what is kept can be told from what is dropped.
+    sizes = sizes.float().clamp_min(torch.finfo(torch.float32).tiny)
+    return nm_prune(sizes, pattern.n, pattern.m, isinstance(pattern, TransposableNM)) != 0
 
 
 def multiply_pruned(module: nn.Module, pattern: NM) -> None:

@@ -175,12 +175,14 @@ GEOMETRIES = {
     "odd": ((2, 3), (2, 1), (0, 2), (1, 2), 1),
     "groups": ((3, 1), (1, 2), (1, 0), (1, 1), 2),
 }
-geometries = pytest.mark.parametrize("name", GEOMETRIES)
-dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+# Every geometry in float32, one in 16 bits.
+CASES = [
+    *((name, torch.float32) for name in GEOMETRIES), ("odd", torch.float16), ("odd", torch.bfloat16)
+]  # fmt: skip
+cases = pytest.mark.parametrize(("name", "dtype"), CASES, ids=str)
 
 
-@dtypes
-@geometries
+@cases
 def test_direct_kernels(name, dtype):
     kernel, stride, _, dilation, groups = geometry = GEOMETRIES[name]
     values, crow, col = csr_of(
@@ -201,9 +203,8 @@ def test_direct_kernels(name, dtype):
     close(got, conv._grad_values_reference(*exact, *geometry), dtype)
 
 
-@pytest.mark.parametrize("act", ["none", "relu6"])
-@pytest.mark.parametrize("split", [1, 3])
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (2, 7)])
+@pytest.mark.parametrize(("split", "act"), [(1, "relu6"), (3, "none")])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8), (2, 7)])
 def test_implicit_kernel(n, m, split, act):
     geometry = GEOMETRIES["odd"]
     values, index = random_nm(70, 3 * m, n, m, 6)
@@ -229,8 +230,7 @@ def test_implicit_kernel_in_16_bits(dtype):
 
 
 @pytest.mark.parametrize("tap_major", [True, False])
-@dtypes
-@geometries
+@cases
 def test_there_and_back(name, dtype, tap_major):
     """Against torch's own; the gradient of one is the other."""
     kernel, stride, padding, dilation, _ = GEOMETRIES[name]
