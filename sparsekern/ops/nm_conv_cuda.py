@@ -90,7 +90,8 @@ def _forward_ways(x, values, index, bias, plan, n, m, y, geometry, activation) -
         return run(last, values, index, bias, to, geometry[:4], n, m, activation)
 
     ways = {"implicit": implicit}
-    packed = _packed(plan, values, rows, taps * channels, channels, n, m, y, "forward")
+    sizes = (rows, taps * channels, n, m)
+    packed = _packed(plan, values, sizes, channels, y.numel() // rows, "forward")
     if packed is None:
         return ways
 
@@ -106,12 +107,15 @@ def _forward_ways(x, values, index, bias, plan, n, m, y, geometry, activation) -
     return {"cusparselt": library, **ways}
 
 
-def _packed(plan, values, rows, cols, channels, n, m, y, kind):
-    """`packed_way` of the flattened weight; None where groups of M would straddle."""
-    pixels = y.numel() // max(1, y.shape[1])
-    if channels % m or pixels * cols > MAX_UNFOLDED:
+def _packed(plan, values, sizes, channels, pixels, kind):
+    """`packed_way` of the flattened weight of sizes (rows, columns, n, m), or None.
+
+    Where groups of m channels would straddle kernel positions, and where what the convolution reads
+    at all pixels would be too large a matrix.
+    """
+    if channels % sizes[3] or pixels * max(sizes[:2]) > MAX_UNFOLDED:
         return None
-    return packed_way(nm_conv.CONV, plan, values, (rows, cols, n, m), kind)
+    return packed_way(nm_conv.CONV, plan, values, sizes, kind)
 
 
 def _grad_input(
@@ -148,8 +152,9 @@ def _grad_input_ways(grad, values, index, plan_t, n, m, y, geometry) -> dict:
     rows, channels = grad.shape[1], y.shape[1]
     taps = geometry[0][0] * geometry[0][1]
     values, cols = values.contiguous(), taps * channels
-    packed = _packed(plan_t, values, cols, rows, channels, n, m, grad, "transposed")
-    if packed is None or grad.numel() // rows * cols > MAX_UNFOLDED:
+    pixels = grad.numel() // rows
+    packed = _packed(plan_t, values, (cols, rows, n, m), channels, pixels, "transposed")
+    if packed is None:
         return {}
 
     def library():
