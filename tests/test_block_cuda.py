@@ -20,6 +20,9 @@ from sparsekern.ops import (
     nm_conv,
     nm_conv_cuda,
     nm_cuda,
+    nm_int8_cuda,
+    nm_ste,
+    nm_ste_cuda,
 )
 
 
@@ -172,9 +175,52 @@ def test_messages():
     refuses(large, conv_cuda._block_conv, x, v, r, c, *[None] * 3, 8, *one, 1)
 
 
+def test_messages_of_the_other_formats():
+    x, values, crow, col, _, _, plan_t, *geometry, _ = SAMPLES["csr_conv2d"][0].build(torch.float32)
+    grad, size = torch.randn(2, 3, 14, 14), x.shape[1:]
+    wanted = "csr_conv2d_grad_input: expected grad with 8 channels, got torch.Size"
+    refuses(wanted, csr_conv_cuda._grad_input, grad, values, crow, col, plan_t, *size, *geometry)
+    x, values, index, _, _, plan_t, *rest, _ = SAMPLES["nm_conv2d"][0].build(torch.float32)
+    grad, size = torch.randn(2, 5, 9, 14), x.shape[1:]
+    wanted = "nm_conv2d_grad_input: expected grad with 6 channels, got torch.Size"
+    refuses(wanted, nm_conv_cuda._grad_input, grad, values, index, plan_t, *size, *rest)
+    grad = torch.randn(2, 6, 9, 14)
+    wanted = "nm_conv2d_grad_input: expected values of dtype torch.float32, got torch.float64"
+    refuses(wanted, nm_conv_cuda._grad_input, grad, values.double(), index, plan_t, *size, *rest)
+    index = torch.zeros(4, 2, dtype=torch.uint8)
+    eight = (torch.zeros(4, 8, dtype=torch.int8), torch.ones(4), index, None, None, 2, 4)
+    run = nm_int8_cuda._linear
+    wanted = "nm_linear_int8: expected values of int8 or uint8, got torch.float32"
+    refuses(wanted, run, torch.randn(3, 16), eight[0].float(), *eight[1:])
+    wanted = r"nm_linear_int8: expected values of shape \(4, 10\), got \(4, 8\)"
+    refuses(wanted, run, torch.randn(3, 20), *eight)
+    wanted = r"nm_linear_int8: expected scales of shape \(4,\), got \(3,\)"
+    refuses(wanted, run, torch.randn(3, 16), eight[0], torch.ones(3), *eight[2:])
+    wanted = r"nm_ste_linear: expected x.size\(-1\) = in_features = 8, got 12"
+    weight = torch.randn(4, 8)
+    refuses(wanted, nm_ste_cuda._linear, torch.randn(3, 12), weight, None, 2, 4, False)
+    wanted = r"nm_ste_linear_grad_input: expected grad.size\(-1\) = out_features = 4, got 5"
+    refuses(wanted, nm_ste_cuda._grad_input, torch.randn(3, 5), weight, 2, 4, False)
+
+
+def test_dense_products_of_moving_masks():
+    """What is left without a library: dense, the reason said once."""
+    x, weight, bias = torch.randn(5, 8), torch.randn(4, 8), torch.randn(4)
+    with pytest.warns(
+        RuntimeWarning, match="nm_ste_linear goes without cuSPARSELt: expected a 1:2"
+    ):
+        got = nm_ste_cuda._linear(x, weight, bias, 2, 4, True)
+    want = torch.nn.functional.linear(x, nm_ste.prune_reference(weight, 2, 4, True), bias)
+    torch.testing.assert_close(got, want)
+    assert torch.equal(
+        nm_ste_cuda._prune(weight, 2, 4, True), nm_ste.prune_reference(weight, 2, 4, True)
+    )
+
+
 def test_registered_for_cuda():
     ops = ("block_plan", "block_linear", "block_linear_grad_input", "block_linear_grad_values")
     for name in ("block_conv2d", "csr_conv2d", "nm_conv2d"):
         ops += (name, f"{name}_grad_input", f"{name}_grad_values")
+    ops += ("nm_linear_int8", "nm_prune", "nm_ste_linear", "nm_ste_linear_grad_input")
     for op in ops:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekern::{op}", "CUDA")
