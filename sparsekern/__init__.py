@@ -34,7 +34,15 @@ from .prune import (
 from .quantize import QuantizationReport, quantize
 from .storage import load, save
 from .weights import BlockWeight, CSRWeight, NMWeight
-from .weights_int8 import DynamicInt8BlockWeight, Int8BlockWeight, Int8CSRWeight
+from .weights_int8 import (
+    DynamicFloat8NMWeight,
+    DynamicInt8BlockWeight,
+    DynamicInt8NMWeight,
+    Float8NMWeight,
+    Int8BlockWeight,
+    Int8CSRWeight,
+    Int8NMWeight,
+)
 
 __version__ = "0.1.0"
 __all__ = [
@@ -75,9 +83,13 @@ __all__ = [
     "SparseConv2d",
     "BlockWeight",
     "CSRWeight",
+    "DynamicFloat8NMWeight",
     "DynamicInt8BlockWeight",
+    "DynamicInt8NMWeight",
+    "Float8NMWeight",
     "Int8BlockWeight",
     "Int8CSRWeight",
+    "Int8NMWeight",
     "NMWeight",
     "patterns",
     "cpu_isa",

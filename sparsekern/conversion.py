@@ -21,8 +21,8 @@ class LayerReport:
         shape: Shape of the dense weight.
         pattern: Pattern of the zeros.
         sparsity: Share of zeros.
-        format: `csr`, `block` or `nm` when sparse (`csr_int8`, `block_int8` once quantized),
-            `dense` when left dense.
+        format: `csr`, `block` or `nm` when sparse (with `_int8`, `_float8` and `_dynamic` behind it
+            once quantized), `dense` when left dense.
         dense_ms: Time of the dense layer at the shapes seen, all its calls in one run of the model;
             None when not timed.
         sparse_ms: The same for the sparse layer.
@@ -166,12 +166,13 @@ def report(model: nn.Module) -> ConversionReport:
 def _quantized_since(model: nn.Module, rows: list[LayerReport]) -> list[LayerReport]:
     """The rows with the format that their layers have now: `quantize` may have changed it."""
     formats = {site.name: site.module.weight.format for site in find_sparse(model)}
-    note = "; int8 since, the times are those of float values"
 
     def current(row: LayerReport) -> LayerReport:
         now = formats.get(row.name, row.format)
-        if now == row.format or "_int8" not in now:
+        kind = next((k for k in ("int8", "float8") if f"_{k}" in now), "")
+        if now == row.format or not kind:
             return row
+        note = f"; {kind} since, the times are those of float values"
         return replace(row, format=now, reason=row.reason + note)
 
     return [current(row) for row in rows]

@@ -41,9 +41,13 @@ class NM(Pattern):
     def _mask(self, scores: Tensor, sparsity: float | None = None) -> Tensor:
         self.check_agrees("mask", sparsity)
         groups = self._groups(as_3d(scores))
-        best = groups.argsort(dim=2, descending=True, stable=True)[:, :, : self.n]
-        kept = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device)
-        return kept.scatter_(2, best, True).reshape(scores.shape)
+        if self.m <= COMPARED and not bool(groups.isnan().any()):
+            kept = largest_members(groups, self.n)
+        else:
+            best = groups.argsort(dim=2, descending=True, stable=True)[:, :, : self.n]
+            kept = torch.zeros(groups.shape, dtype=torch.bool, device=scores.device)
+            kept.scatter_(2, best, True)
+        return kept.reshape(scores.shape)
 
     def check_agrees(self, where: str, sparsity: float | None) -> None:
         """Refuse a sparsity other than the one the pattern fixes."""
@@ -115,8 +119,22 @@ class TransposableNM(NM):
         return f"{self.n}:{self.m}T"
 
 
+COMPARED = 8  # groups up to this size are compared member by member, which beats sorting them
 LARGEST_BLOCK = 4
 CHUNK = 1 << 16  # blocks whose masks are tried at a time
+
+
+def largest_members(groups: Tensor, n: int) -> Tensor:
+    """Mask of the n largest along dimension 2, of equal ones the first; all pairs are compared."""
+    members = groups.unbind(2)
+    ahead = [
+        torch.zeros(members[0].shape, dtype=torch.uint8, device=groups.device) for _ in members
+    ]
+    for i, j in itertools.combinations(range(len(members)), 2):
+        first = members[i] >= members[j]
+        ahead[j] += first
+        ahead[i] += ~first
+    return torch.stack([larger < n for larger in ahead], 2)
 
 
 @cache

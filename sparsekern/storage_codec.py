@@ -4,8 +4,8 @@ A CSR weight takes the smaller of two codes:
 `csr`: `crow` (int32) and `col`, in the narrowest unsigned type that holds every column.
 `mask`: `mask`, one bit per weight of the dense shape, row-major, lowest bit first.
 With int8 values they are named `csr_int8` and `mask_int8` and have `scales`, a float32 per row.
-The other formats are stored as they are: `block`, `block_int8`, `block_int8_dynamic` and `nm` with
-the parts of their weights.
+The other formats are stored as they are, with the parts of their weights: `block`, `block_int8`,
+`nm`, `nm_int8`, `nm_float8`, and those of 8 bits but csr with `_dynamic` behind them.
 """
 
 import numpy as np
@@ -15,19 +15,29 @@ from torch import Tensor
 from .patterns import NM, parse
 from .weight_base import INT32_MAX, SparseWeight
 from .weights import FORMATS, BlockWeight, CSRWeight, NMWeight
-from .weights_int8 import DynamicInt8BlockWeight, Int8BlockWeight, Int8CSRWeight
+from .weights_int8 import (
+    DynamicFloat8NMWeight,
+    DynamicInt8BlockWeight,
+    DynamicInt8NMWeight,
+    Float8NMWeight,
+    Int8BlockWeight,
+    Int8CSRWeight,
+    Int8NMWeight,
+)
 
+AS_THEY_ARE = {
+    weight.format: weight
+    for weight in (
+        BlockWeight, Int8BlockWeight, DynamicInt8BlockWeight, NMWeight, Int8NMWeight,
+        DynamicInt8NMWeight, Float8NMWeight, DynamicFloat8NMWeight,
+    )
+}  # fmt: skip
 PARTS = {
     **{name: weight.parts for name, weight in FORMATS.items()},
     "mask": ("values", "mask"),
     "csr_int8": Int8CSRWeight.parts,
     "mask_int8": ("values", "scales", "mask"),
-    "block_int8": Int8BlockWeight.parts,
-    "block_int8_dynamic": DynamicInt8BlockWeight.parts,
-}
-AS_THEY_ARE = {
-    weight.format: weight
-    for weight in (BlockWeight, Int8BlockWeight, DynamicInt8BlockWeight, NMWeight)
+    **{name: weight.parts for name, weight in AS_THEY_ARE.items()},
 }
 
 
@@ -84,8 +94,9 @@ def check_header(header) -> None:
     if not isinstance(header["pattern"], str):
         raise ValueError(f"expected the pattern as a string, got {header['pattern']!r}")
     pattern = parse(header["pattern"])
-    if encoding == "nm" and not isinstance(pattern, NM):
-        raise ValueError(f"expected an N:M pattern with encoding nm, got {header['pattern']!r}")
+    if encoding.startswith("nm") and not isinstance(pattern, NM):
+        got = repr(header["pattern"])
+        raise ValueError(f"expected an N:M pattern with encoding {encoding}, got {got}")
 
 
 def decode(header: dict, parts: dict[str, Tensor]) -> SparseWeight:

@@ -100,11 +100,32 @@ def check_dynamic(values: Tensor, shape) -> None:
         raise ValueError(f"DynamicInt8BlockWeight: {obstacle}")
 
 
-def _check_scaled(op: str, values: Tensor, scales: Tensor, shape) -> None:
+def check_int8_nm(
+    op: str, values: Tensor, scales: Tensor, index: Tensor, shape, n, m, kind
+) -> None:
+    """Raise ValueError unless the parts are an 8-bit N:M weight of a linear weight of `shape`.
+
+    Args:
+        op: Who asks.
+        values: `(out, slots)`, of the dtype `kind`: int8, or uint8 for the bits of float8 e4m3.
+        scales: `(out,)`, float32, finite and above 0.
+        index: As for `check_nm`.
+        shape: Shape of the dense weight, two dimensions.
+        n: Kept per group.
+        m: Size of a group; at most 16.
+        kind: See values.
+    """
+    _check_scaled(op, values, scales, shape, kind)
+    if kind == torch.uint8 and not values.is_meta:
+        check(not bool((values & 127 == 127).any()), "float8 values without NaN", "NaN", op)
+    _check_nm_parts(op, values, index, torch.Size(shape), n, m, kind)
+
+
+def _check_scaled(op: str, values: Tensor, scales: Tensor, shape, kind=torch.int8) -> None:
     check = _checker(op)
     check(len(shape) == 2, "the weight of a linear layer (out, in)", tuple(shape))
     check(max(shape) <= INT32_MAX, "sizes below 2^31", tuple(shape))
-    check(values.dtype == torch.int8, "values of int8", values.dtype)
+    check(values.dtype == kind, f"values of {str(kind).removeprefix('torch.')}", values.dtype)
     fits = scales.dtype == torch.float32 and tuple(scales.shape) == (shape[0],)
     check(fits, f"scales ({shape[0]},) of float32", f"{scales.dtype} {tuple(scales.shape)}")
     if not scales.is_meta:
@@ -196,22 +217,26 @@ def check_nm(values: Tensor, index: Tensor, shape, n: int, m: int) -> None:
         n: Kept per group.
         m: Size of a group; at most 16.
     """
-    check, shape = _checker("NMWeight"), torch.Size(shape)
+    shape = torch.Size(shape)
+    check(len(shape) in (2, 4), "a shape of 2 or 4 dimensions", tuple(shape), "NMWeight")
+    _check_nm_parts("NMWeight", values, index, shape, n, m)
 
-    check(len(shape) in (2, 4), "a shape of 2 or 4 dimensions", tuple(shape))
+
+def _check_nm_parts(op, values: Tensor, index: Tensor, shape, n: int, m: int, kind=None) -> None:
+    """`kind` is the dtype of values, None for floating point."""
+    check = _checker(op)
     fault = nm_misfit(NM(n, m), shape)
     check(not fault, "an N:M pattern that fits", fault)
     slots = slot_count(shape[1], n, m, shape[2:].numel())
-    for name, t, width in (
-        ("values", values, slots),
-        ("index", index, -(-slots * slot_bits(m) // 8)),
+    for name, t, width, stored in (
+        ("values", values, slots, kind),
+        ("index", index, -(-slots * slot_bits(m) // 8), torch.uint8),
     ):
         got = f"{t.dtype} of shape {tuple(t.shape)}"
-        kind = t.is_floating_point() if name == "values" else t.dtype == torch.uint8
-        wanted = (
-            f"{name} ({shape[0]}, {width}) in {'floating point' if name == 'values' else 'uint8'}"
-        )
-        check(kind and tuple(t.shape) == (shape[0], width), wanted, got)
+        text = str(stored).removeprefix("torch.") if stored else "floating point"
+        fits = t.dtype == stored if stored else t.is_floating_point()
+        wanted = f"{name} ({shape[0]}, {width}) in {text}"
+        check(fits and tuple(t.shape) == (shape[0], width), wanted, got)
     check(shape[0] * slots <= INT32_MAX, "fewer than 2^31 values", shape[0] * slots)
     if not index.is_meta:
         fault = index_fault(index, shape[1], n, m, shape[2:].numel())

@@ -1,4 +1,4 @@
-"""The surviving weights of a linear layer as int8 with one scale per output; for inference."""
+"""The surviving weights of a linear layer in 8 bits with one scale per output; for inference."""
 
 import torch
 from torch import Tensor
@@ -7,9 +7,11 @@ from .ops._library import row_of_each
 from .ops.block_int8 import block_linear_int8, dequantize_blocks
 from .ops.block_int8_dynamic import block_linear_int8_dynamic
 from .ops.csr_int8 import csr_linear_int8, dequantize
+from .ops.nm_int8 import LARGEST, dequantize_rows, nm_linear_int8, to_bytes
+from .patterns import NM, parse
 from .weight_base import SparseWeight
-from .weight_checks import check_dynamic, check_int8, check_int8_block
-from .weights import BlockWeight, CSRWeight
+from .weight_checks import check, check_dynamic, check_int8, check_int8_block, check_int8_nm
+from .weights import BlockWeight, CSRWeight, NMWeight
 
 LEVELS = 127  # -127..127, so that every value has its negative
 
@@ -207,7 +209,93 @@ class DynamicInt8BlockWeight(Int8BlockWeight):
         check_dynamic(parts["values"], self.shape)
 
 
-INT8 = {weight.wide: weight for weight in (Int8CSRWeight, Int8BlockWeight)}
+class Int8NMWeight(_Int8Weight, NMWeight):
+    """N of every M weights of a linear layer as int8, with one float32 scale per output.
+
+    Attributes:
+        values: Buffer `(out, slots)` int8, slot by slot as in `NMWeight`.
+        scales: Buffer `(out,)` float32, positive; stays float32 when the layer changes its dtype.
+        index, n, m, shape, pattern, plan: As in `NMWeight`.
+    """
+
+    format = "nm_int8"
+    parts = ("values", "scales", "index")
+    wide = NMWeight
+    kind = torch.int8  # of the values
+    dynamic = False  # whether tokens are rounded as well
+
+    def __init__(self, values, scales, index, shape, pattern, plans=True):
+        pattern, op = parse(pattern), type(self).__name__
+        check(isinstance(pattern, NM), "an N:M pattern", pattern, op)
+        check_int8_nm(op, values, scales, index, shape, pattern.n, pattern.m, self.kind)
+        self._set_up(shape, pattern, 1, False, values, scales=scales, index=index)
+        self.n, self.m = pattern.n, pattern.m
+        if plans:
+            self._make_plans(training=False)
+
+    @classmethod
+    def quantized(cls, values, index, shape):
+        """As for every 8-bit weight, values `(out, slots)`."""
+        values = values.float()
+        _refuse_not_finite(values)
+        largest = values.abs().amax(1) if values.shape[1] else values.new_zeros(len(values))
+        scales = (largest / LARGEST[cls.kind]).clamp_min(torch.finfo(torch.float32).tiny)
+        return to_bytes(values / scales[:, None], cls.kind), scales
+
+    def dequantized(self) -> Tensor:
+        """The values in float32, `(out, slots)`."""
+        return dequantize_rows(self.values, self.scales)
+
+    def linear(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        """act(x W^T + b) for x `(..., in)` in floating point; bias `(out,)`."""
+        self._refuse_training()
+        b = self._buffers
+        weight = (b["values"], b["scales"], b["index"])
+        sizes = (self.n, self.m, self.dynamic)
+        return nm_linear_int8(x, *weight, bias, b["plan"], *sizes, activation)
+
+    def _check(self, parts) -> None:
+        name = type(self).__name__
+        check_int8_nm(name, *parts.values(), self.shape, self.n, self.m, self.kind)
+
+
+class Float8NMWeight(Int8NMWeight):
+    """N of every M weights of a linear layer as float8 e4m3, with one float32 scale per output.
+
+    Attributes:
+        values: Buffer `(out, slots)` uint8 that holds the bits, so that a change of the dtype of
+            the layer leaves them alone.
+        scales, index, n, m, shape, pattern, plan: As in `Int8NMWeight`.
+    """
+
+    format = "nm_float8"
+    kind = torch.uint8
+
+
+class DynamicInt8NMWeight(Int8NMWeight):
+    """As `Int8NMWeight`, and every call quantizes its input to int8 too, token by token.
+
+    See `ops.nm_int8`; on a GPU the tensor cores then multiply 8-bit numbers.
+    """
+
+    format = "nm_int8_dynamic"
+    dynamic = True
+
+
+class DynamicFloat8NMWeight(Float8NMWeight):
+    """As `Float8NMWeight`, and every call quantizes its input to float8 too, token by token."""
+
+    format = "nm_float8_dynamic"
+    dynamic = True
+
+
+INT8 = {weight.wide: weight for weight in (Int8CSRWeight, Int8BlockWeight, Int8NMWeight)}
+QUANTIZED = {torch.int8: INT8, torch.float8_e4m3fn: {NMWeight: Float8NMWeight}}
+DYNAMIC = {
+    Int8BlockWeight: DynamicInt8BlockWeight,
+    Int8NMWeight: DynamicInt8NMWeight,
+    Float8NMWeight: DynamicFloat8NMWeight,
+}
 
 
 def quantize_rows(values: Tensor, crow: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,9 +321,13 @@ def quantize_blocks(values: Tensor, crow: Tensor, rows: int) -> tuple[Tensor, Te
 
 def _quantize(values: Tensor, row: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     values = values.float()
-    if not bool(values.isfinite().all()):
-        raise ValueError("quantize: expected finite weights, got NaN or infinity among them")
+    _refuse_not_finite(values)
     largest = values.new_zeros(rows).scatter_reduce(0, row, values.abs(), "amax")
     # A row of zeros, or of numbers too small to be divided by 127, has no scale of its own.
     scales = (largest / LEVELS).clamp_min(torch.finfo(torch.float32).tiny)
     return (values / scales[row]).round().clamp(-LEVELS, LEVELS).to(torch.int8), scales
+
+
+def _refuse_not_finite(values: Tensor) -> None:
+    if not bool(values.isfinite().all()):
+        raise ValueError("quantize: expected finite weights, got NaN or infinity among them")

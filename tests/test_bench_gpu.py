@@ -294,3 +294,21 @@ def test_the_way_an_op_went_is_part_of_a_point(monkeypatch):
     assert found["ways"] == {"csr_linear T<=64": "cusparse 2c"}
     lines = table._left_out([found])
     assert lines == ["left out: csr_linear by triton: no Triton (1 points)"]
+
+
+def test_what_computes_something_else_stands_beside_ours():
+    """8 bits and products of the moving mask: measured and told, never taken for ours."""
+    work = suites.Work(cases.Linear(64, 64, 8), "2:4", 0.5, "bfloat16")
+    record = sweep.attempt(
+        "tiny", work, torch.device("cpu"), 0.01, machine.Card(torch.device("cpu"))
+    )
+    for name in ("sparsekern int8", "sparsekern float8"):
+        side = record["sides"][name]
+        assert side["role"] == "8 bits" and 0 < side["max_rel_error"] < sides.EIGHT_BITS
+    assert record["best_ours"] == "sparsekern"
+    work = suites.Work(cases.Linear(64, 64, 8, training=True), "2:4T", 0.5, "float32")
+    with torch.enable_grad():
+        record = sweep.attempt(
+            "tiny", work, torch.device("cpu"), 0.01, machine.Card(torch.device("cpu"))
+        )
+    assert record["sides"]["sparsekern pruned every step"]["role"] == "on the fly"

@@ -8,13 +8,31 @@ import torch
 from samples import SAMPLES, random_blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparsekern.ops import block, block_conv, block_cuda, conv, conv_cuda, cuda_support, nm_conv
+from sparsekern.ops import (
+    block,
+    block_conv,
+    block_cuda,
+    conv,
+    conv_cuda,
+    csr_conv_cuda,
+    csr_cuda,
+    cuda_support,
+    nm_conv,
+    nm_conv_cuda,
+    nm_cuda,
+    nm_int8_cuda,
+    nm_ste,
+    nm_ste_cuda,
+)
 
 
 @pytest.fixture(autouse=True)
 def _no_kernels(monkeypatch):
-    for module in (block_cuda, conv_cuda):
+    for module in (block_cuda, csr_cuda, nm_cuda):
         monkeypatch.setattr(module, "kernel_fault", lambda device: "this is a test")
+    monkeypatch.setattr(csr_cuda, "cusparse_fault", lambda device: "so is this")
+    for module in (csr_cuda, nm_cuda):
+        monkeypatch.setattr(module, "device_facts", lambda index: None)
     monkeypatch.setattr(cuda_support, "_STATED", set())
     monkeypatch.setenv("SPARSEKERN_TUNE", "0")
 
@@ -49,8 +67,8 @@ def test_dense_conv(name):
         arguments = list(sample.build(torch.float64))
         run, reference = {
             "block_conv2d": (conv_cuda._block_conv, block_conv._conv_reference),
-            "csr_conv2d": (conv_cuda._csr_conv, conv._conv_reference),
-            "nm_conv2d": (conv_cuda._nm_conv, nm_conv._conv_reference),
+            "csr_conv2d": (csr_conv_cuda._conv, conv._conv_reference),
+            "nm_conv2d": (nm_conv_cuda._conv, nm_conv._conv_reference),
         }[name]
         want, plan = reference(*arguments), 4 if name == "nm_conv2d" else 5
         if name == "block_conv2d":  # the others take any plan as a sign that indices were checked
@@ -71,8 +89,11 @@ def test_the_reason_of_the_dense_path_is_said_once():
         assert text in block_cuda.misfit(dtype, height)
     assert block_cuda.misfit(torch.bfloat16, 9) == ""
     arguments = SAMPLES["nm_conv2d"][0].build(torch.float32)
-    with pytest.warns(RuntimeWarning, match="nm_conv2d is computed with the dense .*: only 1x1"):
-        conv_cuda._nm_conv(*arguments)
+    with pytest.warns(RuntimeWarning, match="nm_conv2d is computed with the dense .*: this is a"):
+        nm_conv_cuda._conv(*arguments)
+    arguments = SAMPLES["csr_conv2d"][0].build(torch.float32)
+    with pytest.warns(RuntimeWarning, match="csr_conv2d is computed with the dense .*: this is a"):
+        csr_conv_cuda._conv(*arguments)
 
 
 class NoWaiting(TorchDispatchMode):
@@ -102,8 +123,15 @@ def test_with_plans_nothing_waits_for_the_device():
         block_cuda._grad_values(y, x, crow, col, plans[0], *values.shape[1:])
         geometry = (kernel, stride, padding, dilation, groups)
         conv_cuda._block_conv(*arguments, outputs, *geometry, act2)
-        conv_cuda._csr_conv(*convs[0])
-        conv_cuda._nm_conv(*convs[1])
+        y = csr_conv_cuda._conv(*convs[0])
+        x, values, crow, col, _, plan, plan_t, *geometry, _ = convs[0]
+        csr_conv_cuda._grad_input(y, values, crow, col, plan_t, *x.shape[1:], *geometry)
+        csr_conv_cuda._grad_values(y, x, crow, col, plan, *geometry)
+        y = nm_conv_cuda._conv(*convs[1])
+        x, values, index, _, _, plan_t, *geometry, _ = convs[1]
+        nm_conv_cuda._grad_input(y, values, index, plan_t, *x.shape[1:], *geometry)
+        nm_conv_cuda._grad_values(y, x, index, plan_t, *geometry)
+    x, values, crow, col, bias, plans, rows, act = linear(SAMPLES["block_linear"][6])
     with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():
         block_cuda._linear(x, values, crow, col, bias, None, None, rows, act)
 
@@ -147,8 +175,52 @@ def test_messages():
     refuses(large, conv_cuda._block_conv, x, v, r, c, *[None] * 3, 8, *one, 1)
 
 
+def test_messages_of_the_other_formats():
+    x, values, crow, col, _, _, plan_t, *geometry, _ = SAMPLES["csr_conv2d"][0].build(torch.float32)
+    grad, size = torch.randn(2, 3, 14, 14), x.shape[1:]
+    wanted = "csr_conv2d_grad_input: expected grad with 8 channels, got torch.Size"
+    refuses(wanted, csr_conv_cuda._grad_input, grad, values, crow, col, plan_t, *size, *geometry)
+    x, values, index, _, _, plan_t, *rest, _ = SAMPLES["nm_conv2d"][0].build(torch.float32)
+    grad, size = torch.randn(2, 5, 9, 14), x.shape[1:]
+    wanted = "nm_conv2d_grad_input: expected grad with 6 channels, got torch.Size"
+    refuses(wanted, nm_conv_cuda._grad_input, grad, values, index, plan_t, *size, *rest)
+    grad = torch.randn(2, 6, 9, 14)
+    wanted = "nm_conv2d_grad_input: expected values of dtype torch.float32, got torch.float64"
+    refuses(wanted, nm_conv_cuda._grad_input, grad, values.double(), index, plan_t, *size, *rest)
+    index = torch.zeros(4, 2, dtype=torch.uint8)
+    eight = (torch.zeros(4, 8, dtype=torch.int8), torch.ones(4), index, None, None, 2, 4)
+    run = nm_int8_cuda._linear
+    wanted = "nm_linear_int8: expected values of int8 or uint8, got torch.float32"
+    refuses(wanted, run, torch.randn(3, 16), eight[0].float(), *eight[1:])
+    wanted = r"nm_linear_int8: expected values of shape \(4, 10\), got \(4, 8\)"
+    refuses(wanted, run, torch.randn(3, 20), *eight)
+    wanted = r"nm_linear_int8: expected scales of shape \(4,\), got \(3,\)"
+    refuses(wanted, run, torch.randn(3, 16), eight[0], torch.ones(3), *eight[2:])
+    wanted = r"nm_ste_linear: expected x.size\(-1\) = in_features = 8, got 12"
+    weight = torch.randn(4, 8)
+    refuses(wanted, nm_ste_cuda._linear, torch.randn(3, 12), weight, None, 2, 4, False)
+    wanted = r"nm_ste_linear_grad_input: expected grad.size\(-1\) = out_features = 4, got 5"
+    refuses(wanted, nm_ste_cuda._grad_input, torch.randn(3, 5), weight, 2, 4, False)
+
+
+def test_dense_products_of_moving_masks():
+    """What is left without a library: dense, the reason said once."""
+    x, weight, bias = torch.randn(5, 8), torch.randn(4, 8), torch.randn(4)
+    with pytest.warns(
+        RuntimeWarning, match="nm_ste_linear goes without cuSPARSELt: expected a 1:2"
+    ):
+        got = nm_ste_cuda._linear(x, weight, bias, 2, 4, True)
+    want = torch.nn.functional.linear(x, nm_ste.prune_reference(weight, 2, 4, True), bias)
+    torch.testing.assert_close(got, want)
+    assert torch.equal(
+        nm_ste_cuda._prune(weight, 2, 4, True), nm_ste.prune_reference(weight, 2, 4, True)
+    )
+
+
 def test_registered_for_cuda():
     ops = ("block_plan", "block_linear", "block_linear_grad_input", "block_linear_grad_values")
-    ops += ("block_conv2d", "csr_conv2d", "nm_conv2d")
+    for name in ("block_conv2d", "csr_conv2d", "nm_conv2d"):
+        ops += (name, f"{name}_grad_input", f"{name}_grad_values")
+    ops += ("nm_linear_int8", "nm_prune", "nm_ste_linear", "nm_ste_linear_grad_input")
     for op in ops:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sparsekern::{op}", "CUDA")

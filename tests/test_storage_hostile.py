@@ -64,7 +64,7 @@ HOSTILE = {
     "alias of a stored name": (put("h", "aliases", {"bias": "weight"}), "alias 'bias'"),
     "alias to a list": (put("h", "aliases", {"x": []}), "alias 'x' refers to"),
     "description a number": (lambda t, h: h["layers"].update(weight=3), "got 3"),
-    "unknown encoding": (put("l", "encoding", "zip"), "block_int8, block_int8_dynamic, got 'zip'"),
+    "unknown encoding": (put("l", "encoding", "zip"), "nm_float8, nm_float8_dynamic, got 'zip'"),
     "encoding a list": (put("l", "encoding", []), "encoding one of csr, block, nm, mask"),
     "unknown pattern": (put("l", "pattern", "spiral"), "expected a pattern"),
     "pattern a number": (put("l", "pattern", 4), "pattern as a string"),

@@ -15,8 +15,8 @@ THREE = Geometry((3, 3), (1, 1), (1, 1), (1, 1), 1)
 ONE = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
 
 
-def conv(dtype, block, geometry, cap=90, pixels=25_088, split=1, channels=256):
-    """`conv_kernel` as a launch would compile it."""
+def conv(dtype, block, geometry, cap=90, pixels=25_088, split=1, channels=256, turned=False):
+    """`conv_kernel` as a launch would compile it; `turned` for the gradient of the input."""
     itemsize = 4 if dtype == "fp32" else 2
     config = replace(table_config(itemsize, pixels, *block), split=split)
     types = dict.fromkeys(("x", "values"), f"*{dtype}")
@@ -25,7 +25,11 @@ def conv(dtype, block, geometry, cap=90, pixels=25_088, split=1, channels=256):
     sizes = ("pixels", "outputs", "rows", "per_group", "height", "width")
     types |= dict.fromkeys((*sizes, "out_height", "out_width"), "i32")
     ragged = channels % block[1] != 0
-    constants = conv_triton.conv_constants(config, block, geometry, ragged, DTYPES[dtype])
+    constants = conv_triton.conv_constants(config, block, geometry, ragged, DTYPES[dtype], turned)
+    if turned:
+        types["slot"] = "*i32"
+    else:
+        constants["slot"] = None
     constants |= {"channels": channels, "HAS_BIAS": split == 1}
     constants["ACTIVATION"] = "gelu" if split == 1 else "none"
     if split == 1:
@@ -54,3 +58,8 @@ def test_parts_of_rows_and_ragged_channels():
     conv("bf16", (64, 64), THREE, split=4, pixels=49)
     conv("bf16", (64, 64), THREE, channels=272)
     conv("bf16", (32, 8), THREE._replace(groups=4))
+
+
+@pytest.mark.parametrize("side", [16, 64])
+def test_the_gradient_of_the_input(side):
+    assert "wgmma.mma_async" in conv("bf16", (side, side), THREE, turned=True).ptx

@@ -8,21 +8,26 @@ import torch
 from triton_common import compile_for
 
 pytest.importorskip("triton")
-from sparsekern.ops import decode_triton, nm_triton
+from sparsekern.ops import decode_triton, nm_int8_triton, nm_triton
 
 END = {"HAS_BIAS": True, "ACTIVATION": "gelu", "UPCAST": False}
 
 
-def build(dtype, tokens, cap, n=2, m=4, split=1, fixed=None):
-    packed = dtype == "bf16" and (n, m) == (2, 4)
+def build(dtype, tokens, cap, n=2, m=4, split=1, fixed=None, stored=None):
+    packed = dtype == "bf16" and (n, m) == (2, 4) and not stored
     constants = {
         **nm_triton.settings(tokens, n, m, packed),
         **END,
         "SPLIT": split,
+        "SCALED": bool(stored),
+        "FLOAT8": stored == "fp8",
+        **({} if stored else {"scales": None}),
         **(fixed or {}),
     }
     options = {"num_warps": constants.pop("num_warps")}
     types = {"index": "*u8", "y": "*fp32" if split > 1 else f"*{dtype}"}
+    if stored:
+        types |= {"values": "*i8", "scales": "*fp32"}
     for name in nm_triton.decode_kernel.arg_names:
         if name not in constants and name not in types:
             types[name] = f"*{dtype}" if name in ("x", "values", "bias") else "i32"
@@ -48,6 +53,28 @@ def test_kernel_compiles_for_sizes_of_one():
     """A launch makes constants of every size of 1, and of a bias that is None."""
     ones = dict.fromkeys(("rows", "tokens", "row_bytes", "steps"), 1)
     build("bf16", 1, 90, fixed={**ones, "bias": None, "HAS_BIAS": False})
+
+
+@pytest.mark.parametrize(
+    "stored, dtype, cap",
+    [("i8", "bf16", 80), ("i8", "fp16", 90), ("i8", "fp32", 90), ("fp8", "bf16", 90)],
+)
+def test_kernel_compiles_for_values_of_8_bits(stored, dtype, cap):
+    build(dtype, 16, cap, stored=stored)
+
+
+@pytest.mark.parametrize("cap", [80, 90])
+def test_kernels_around_8_bit_products_compile(cap):
+    for kind in ("i8", "fp8e4nv") if cap == 90 else ("i8",):
+        types = {"x": "*bf16", "out": f"*{kind}", "scales": "*fp32", "cols": "i32"}
+        constants = {"LARGEST": 127.0, "FLOAT": kind != "i8", "COLUMNS": nm_int8_triton.COLUMNS}
+        kernel = nm_int8_triton.quantize_kernel
+        compile_for(kernel, {**types, "by_token": "i32"}, constants, cap).check()
+    types = dict.fromkeys(("product", "bias", "y"), "*bf16")
+    types |= dict.fromkeys(("token_scales", "row_scales"), "*fp32")
+    constants = {"HAS_BIAS": True, "ACTIVATION": "gelu", "COLUMNS": nm_int8_triton.COLUMNS}
+    types |= dict.fromkeys(("rows", "by_token"), "i32")
+    compile_for(nm_int8_triton.finish_kernel, types, constants, cap).check()
 
 
 def test_sum_of_parts_compiles():

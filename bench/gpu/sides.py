@@ -20,10 +20,13 @@ from cases import Problem
 from torch import Tensor
 
 from gpu import clocks
+from sparsekern import quantize
 from sparsekern.device import format_fault
+from sparsekern.ops.nm_ste import nm_ste_linear
 
 # Largest accepted error over the largest exact output. float32 includes what TF32 does to it.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
+EIGHT_BITS = 0.1  # of values and tokens of 8 bits, whose error is a result and no fault
 OURS = baselines.OURS
 Call = Callable[[], object]
 Built = tuple[int, Callable[[], Call]]
@@ -194,6 +197,45 @@ def ours_channels_last(p: Problem) -> Built:
     return ours(p, torch.channels_last)
 
 
+def ours_8_bits(p: Problem, dtype: torch.dtype = torch.int8) -> Built:
+    """Our 2:4 layer with values of 8 bits and tokens rounded to 8 bits; another result, so apart.
+
+    Its error against exact weights and tokens is what it costs.
+    """
+    if p.pattern not in ("2:4", "2:4T") or p.x.dtype != torch.bfloat16:
+        raise TypeError("2:4 in bfloat16 only")
+    layer = baselines.sparse_layer(p).eval()
+    quantize(layer, dtype=dtype, activations="dynamic")
+    size = nbytes(layer.weight.values, layer.weight.scales, *layer.weight.indices())
+
+    def build() -> Call:
+        twin = copy.deepcopy(layer)
+        return lambda: twin(p.x)
+
+    return size, build
+
+
+def ours_float8(p: Problem) -> Built:
+    """The same in float8 e4m3."""
+    if p.x.is_cuda and torch.cuda.get_device_capability(p.x.device) < (8, 9):
+        raise TypeError("compute capability 8.9 and later only")
+    return ours_8_bits(p, torch.float8_e4m3fn)
+
+
+def pruned_every_step(p: Problem) -> Built:
+    """SR-STE's products: pruned and packed in every pass, the weight gradient dense."""
+    if p.pattern not in ("2:4", "2:4T"):
+        raise TypeError("2:4 only")
+    sizes, leaves = (2, 4, p.pattern == "2:4T"), []
+    for t in (p.x, p.weight, p.bias):
+        leaves.append(t.detach().clone().requires_grad_())
+
+    def build() -> Call:
+        return lambda: torch.autograd.grad(nm_ste_linear(*leaves, *sizes), leaves, p.grad)
+
+    return nbytes(p.weight), build
+
+
 MAKERS: dict[str, list[tuple[str, str, Callable[[Problem], Built]]]] = {
     "linear": [
         ("cuBLAS", "dense", cublas),
@@ -203,6 +245,8 @@ MAKERS: dict[str, list[tuple[str, str, Callable[[Problem], Built]]]] = {
         ("torch bsr_dense_addmm", "peer", torch_bsr),
         ("torch.sparse CSR", "peer", torch_csr),
         (OURS, "ours", ours),
+        (f"{OURS} int8", "8 bits", ours_8_bits),
+        (f"{OURS} float8", "8 bits", ours_float8),
     ],
     "conv": [
         ("cuDNN NCHW", "dense", cudnn),
@@ -210,7 +254,11 @@ MAKERS: dict[str, list[tuple[str, str, Callable[[Problem], Built]]]] = {
         (OURS, "ours", ours),
         (f"{OURS} channels_last", "ours", ours_channels_last),
     ],
-    "linear training": [("autograd", "dense", autograd), (OURS, "ours", ours)],
+    "linear training": [
+        ("autograd", "dense", autograd),
+        (OURS, "ours", ours),
+        (f"{OURS} pruned every step", "on the fly", pruned_every_step),
+    ],
     "conv training": [("autograd", "dense", autograd), (OURS, "ours", ours)],
 }
 COMPILED = ("torch.compile", "dense", compiled)
@@ -236,24 +284,27 @@ def prepare(p: Problem, with_compiled: bool = False) -> tuple[list[Side], dict[s
 def _side(p: Problem, name: str, role: str, make, reference) -> Side:
     size, build = make(p)
     calls = [build()]
-    error = checked(calls[0](), name, p, reference)
+    limit = EIGHT_BITS if role == "8 bits" else TOLERANCE[p.x.dtype]
+    error = checked(calls[0](), name, p, reference, limit)
     calls += [build() for _ in range(clocks.copies_needed(size, p.x.device) - 1)]
     sample, clock = clocks.sampler(calls, p.x.device, graph=not p.case.training)
     return Side(name, role, sample, clock, error, size, calls)
 
 
-def checked(result, name: str, p: Problem, reference: tuple[Tensor, ...]) -> float:
+def checked(
+    result, name: str, p: Problem, reference: tuple[Tensor, ...], limit: float | None = None
+) -> float:
     """Largest error of a result over the largest exact value, per tensor.
 
     Raises:
-        RuntimeError: it is above `TOLERANCE`, or not a number.
+        RuntimeError: it is above the limit (by default that of `TOLERANCE`), or not a number.
     """
     worst = 0.0
     for got, exact in zip(result if isinstance(result, tuple) else (result,), reference):
         if got.shape != exact.shape and p.case.training:
             exact = baselines.sparse_layer(p).weight.gather(exact)
         worst = max(worst, baselines.relative_error(got, exact))
-    limit = TOLERANCE[p.x.dtype]
+    limit = limit or TOLERANCE[p.x.dtype]
     if not worst <= limit:
         raise RuntimeError(f"expected {name} to be right to {limit:g}, got {worst:.1e}")
     return worst

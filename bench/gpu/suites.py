@@ -115,11 +115,15 @@ def csr() -> Iterator[Work]:
 
 
 def conv() -> Iterator[Work]:
-    """Convolutions of ResNet-50, batch 32."""
+    """Convolutions of ResNet-50, batch 32; a few of batch 1, where reading the weight counts."""
     for channels, out, size, kernel in RESNET:
         case = Conv(32, channels, out, size, kernel)
         for pattern, sparsity in (("block:32x32", 0.8), ("2:4", 0.5), ("unstructured", 0.95)):
             yield Work(case, pattern, sparsity, "bfloat16")
+    for case in (Conv(1, 512, 512, 7, 3), Conv(1, 256, 256, 14, 3)):
+        for pattern, sparsity in (("unstructured", 0.9), ("2:4", 0.5)):
+            yield Work(case, pattern, sparsity, "bfloat16")
+        yield Work(case, "unstructured", 0.95, "float32")
 
 
 def training() -> Iterator[Work]:
@@ -127,6 +131,10 @@ def training() -> Iterator[Work]:
     for pattern, sparsity in (("block:64x64", 0.8), ("2:4", 0.5), ("unstructured", 0.95)):
         yield Work(_linear(SQUARE, 4096, training=True), pattern, sparsity, "bfloat16")
     yield Work(_linear(SQUARE, 512, training=True), "unstructured", 0.95, "float32")
+    yield Work(_linear(SQUARE, 4096, training=True), "2:4T", 0.5, "bfloat16")
+    case = Conv(32, 256, 256, 14, 3, training=True)
+    for pattern, sparsity in (("block:32x32", 0.8), ("unstructured", 0.95), ("2:4T", 0.5)):
+        yield Work(case, pattern, sparsity, "bfloat16")
 
 
 def energy() -> Iterator[Work]:

@@ -1,4 +1,4 @@
-// Products with a 2:4 sparse weight through cuSPARSELt.
+// Products with a 2:4 sparse weight through cuSPARSELt; in float32, as TF32, with a 1:2 one.
 //
 // The weight W (out x in) is the left operand, so that the result, column-major (out x tokens), is
 // y (tokens, out) as torch lays it out, and the bias runs along its rows. A plan (descriptors,
@@ -226,15 +226,17 @@ LtState& lt_state(const Tensor& like) {
   return *static_cast<LtState*>(context.lt.get());
 }
 
-// The library's terms: 16-bit sizes of the weight in multiples of 16, 8-bit ones of 32.
+// The library's terms: sizes of a weight of 16 bits (and of 32) in multiples of 16, of 8 bits
+// of 32.
 void check_weight(int64_t rows, int64_t cols, ScalarType type) {
   const bool bytes = type == ScalarType::Char || type == ScalarType::Float8_e4m3fn ||
                      type == ScalarType::Float8_e5m2;
   const int64_t unit = bytes ? 32 : 16;
-  if (!bytes && type != ScalarType::Half && type != ScalarType::BFloat16)
-    fail(kOp, "a 2:4 weight of float16, bfloat16, int8 or float8", dtype_name(type));
+  if (!bytes && type != ScalarType::Half && type != ScalarType::BFloat16 &&
+      type != ScalarType::Float)
+    fail(kOp, "a weight of float32, float16, bfloat16, int8 or float8", dtype_name(type));
   if (rows % unit || cols % unit || !rows || !cols)
-    fail(kOp, "a 2:4 weight of sizes that are multiples of " + std::to_string(unit),
+    fail(kOp, "a weight of sizes that are multiples of " + std::to_string(unit),
          std::to_string(rows) + " x " + std::to_string(cols));
 }
 
@@ -278,7 +280,7 @@ void compress(const Tensor& dense, const Tensor& packed) {
             packed.mutable_data_ptr(), buffer.mutable_data_ptr(), current_stream(dense)));
 }
 
-// int32 (1,) on the device: 0 where the weight is 2:4.
+// int32 (1,) on the device: 0 where the weight is 2:4 (1:2 in float32).
 Tensor prune_check(const Tensor& dense) {
   const DeviceScope scope(dense);
   const cusparseLtHandle_t* handle = &lt_state(dense).handle;

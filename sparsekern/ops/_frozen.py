@@ -1,48 +1,52 @@
 """Gradients of the ops whose weight is frozen: to x and bias only.
 
-Their arguments are x, values, scales, crow, col, bias, plan, the sizes of the format, activation.
+Their arguments are x, values, scales, the index tensors of the format, bias, plan, the sizes of the
+format, activation.
 """
 
 from ._library import FROM_OUTPUT, activation_backward
 
 
-def setup_context(ctx, inputs, output):
-    """Save what the gradients will ask for and nothing else."""
-    x, values, scales, crow, col, bias, plan, *ctx.sizes, ctx.activation = inputs
-    ctx.in_features = x.shape[-1]
-    recompute = ctx.activation.startswith("gelu")  # its gradient needs the sum before it
-    ctx.save_for_backward(
-        x if recompute else None,
-        values,
-        scales,
-        crow,
-        col,
-        bias if recompute else None,
-        plan,
-        output if ctx.activation in FROM_OUTPUT else None,
-    )
+def setup_context(indices: int = 2):
+    """What saves for the gradients of an op with this many index tensors, and nothing else."""
+
+    def save(ctx, inputs, output):
+        x, *weight = inputs[: 3 + indices]
+        bias, plan, *ctx.sizes, ctx.activation = inputs[3 + indices :]
+        ctx.in_features = x.shape[-1]
+        recompute = ctx.activation.startswith("gelu")  # its gradient needs the sum before it
+        ctx.save_for_backward(
+            x if recompute else None,
+            *weight,
+            bias if recompute else None,
+            plan,
+            output if ctx.activation in FROM_OUTPUT else None,
+        )
+
+    return save
 
 
-def backward(forward, grad_input):
+def backward(forward, grad_input, indices: int = 2):
     """The backward function of an op.
 
     Args:
         forward: The op.
-        grad_input: `(grad, values, scales, crow, col, in_features)` to the gradient of x.
+        grad_input: `(grad, (values, scales, *index), in_features, sizes)` to the gradient of x.
+        indices: Index tensors of the format.
     """
 
     def gradients(ctx, grad):
-        x, values, scales, crow, col, bias, plan, output = ctx.saved_tensors
+        x, *weight, bias, plan, output = ctx.saved_tensors
 
         def pre_activation():
-            return forward(x, values, scales, crow, col, bias, plan, *ctx.sizes, "none")
+            return forward(x, *weight, bias, plan, *ctx.sizes, "none")
 
         grad = activation_backward(grad, ctx.activation, output, pre_activation)
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_input(grad, values, scales, crow, col, ctx.in_features)
-        if ctx.needs_input_grad[5]:
+            grad_x = grad_input(grad, weight, ctx.in_features, ctx.sizes)
+        if ctx.needs_input_grad[3 + indices]:
             grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-        return grad_x, None, None, None, None, grad_bias, None, *[None] * len(ctx.sizes), None
+        return grad_x, *[None] * (2 + indices), grad_bias, *[None] * (2 + len(ctx.sizes))
 
     return gradients

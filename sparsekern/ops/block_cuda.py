@@ -8,7 +8,9 @@ dense weight is what is left, and the reason is said once.
 
 Plans hold what a kernel would have to look up or sort. `plan` (forward, weight gradient) is
 `order | row of each block | first block of each chunk`; `plan_t` (input gradient) is the transposed
-index `crow | col | slot | order`. All int32; how long each part is follows from the arguments.
+index `crow | col | slot | order`. All int32; how long each part is follows from the arguments. In a
+convolution the rows of the transposed index are blocks of input channels, its columns count (row of
+blocks of the group, kernel position from the last to the first).
 """
 
 from functools import partial
@@ -36,13 +38,15 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_SIDE = 16  # of a tile of the tensor cores
 
 
-def make_plan(crow, col, channels: int, block_cols: int, taps: int, transpose: bool):
+def make_plan(crow, col, channels: int, block_cols: int, taps: int, transpose: bool, groups=1):
     """The plan of a pattern; see above. Reads sizes back, so it is made once and not per call."""
     count = crow.diff().long()
     row = torch.repeat_interleave(torch.arange(count.numel(), device=crow.device), count)
     if transpose:
-        cols = -(-channels // block_cols) * taps
-        return torch.cat(_transposed(row, col.long(), cols)).int()
+        cols, per_group, col = -(-channels // block_cols), count.numel() // groups, col.long()
+        turned = (row % per_group) * taps + taps - 1 - col % taps
+        channel = (row // per_group) * cols + col // taps
+        return torch.cat(_transposed(turned, channel, groups * cols)).int()
     chunk = chunk_blocks(block_cols)
     chunks = (count + chunk - 1) // chunk
     owner = torch.repeat_interleave(torch.arange(count.numel(), device=crow.device), chunks)
@@ -54,7 +58,7 @@ def make_plan(crow, col, channels: int, block_cols: int, taps: int, transpose: b
 
 def _transposed(row, col, cols: int):
     """The index by columns of blocks: crow, col, slot, order."""
-    slot = torch.argsort(col, stable=True)  # rows of blocks rise inside a column
+    slot = torch.argsort(col, stable=True)
     count = torch.bincount(col, minlength=cols)
     crow = torch.nn.functional.pad(count.cumsum(0), (1, 0))
     return crow, row[slot], slot, _longest_first(count)
@@ -66,7 +70,7 @@ def _longest_first(count):
 
 def _plan(crow, col, rows, channels, block_rows, block_cols, groups=1, taps=1, transpose=False):
     check_indices("block_plan", crow, col, -(-channels // block_cols) * taps)
-    return make_plan(crow, col, channels, block_cols, taps, transpose)
+    return make_plan(crow, col, channels, block_cols, taps, transpose, groups)
 
 
 def forward_parts(op, plan, crow, col, channels, block_cols, taps=1):
@@ -80,13 +84,14 @@ def forward_parts(op, plan, crow, col, channels, block_cols, taps=1):
     return plan.split((rows, blocks, chunks))
 
 
-def backward_parts(op, plan, crow, col, channels, block_cols, taps=1):
+def backward_parts(op, plan, crow, col, channels, block_cols, taps=1, groups=1):
     """The transposed index of a plan: crow, col, slot, order; see `forward_parts`."""
-    cols = -(-channels // block_cols) * taps
+    cols = -(-channels // block_cols)
     if plan is None or plan.numel() == 0:
-        check_indices(op, crow, col, cols)
-        plan = make_plan(crow, col, channels, block_cols, taps, True)
-    sizes = (cols + 1, col.numel(), col.numel(), cols)
+        check_indices(op, crow, col, cols * taps)
+        plan = make_plan(crow, col, channels, block_cols, taps, True, groups)
+    rows = groups * cols
+    sizes = (rows + 1, col.numel(), col.numel(), rows)
     wanted = "plan_t made by block_plan(transpose=True) for this pattern"
     _check_plan(op, wanted, plan, crow, plan.numel() == sum(sizes))
     return plan.split(sizes)

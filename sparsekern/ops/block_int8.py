@@ -45,8 +45,9 @@ block_linear_int8 = define(
 )
 
 
-def grad_input(grad, values, scales, crow, col, in_features):
+def grad_input(grad, weight, in_features, sizes):
     """Gradient of x `(..., in)` in the dtype of `grad` `(..., out)`, past the activation."""
+    values, scales, crow, col = weight
     wide = dequantize_blocks(values, scales, crow).to(grad.dtype)
     return block_linear_grad_input(grad, wide, crow, col, None, in_features)
 
@@ -54,5 +55,5 @@ def grad_input(grad, values, scales, crow, col, in_features):
 torch.library.register_autograd(
     f"sparsekern::{OP}",
     _frozen.backward(block_linear_int8, grad_input),
-    setup_context=_frozen.setup_context,
+    setup_context=_frozen.setup_context(),
 )

@@ -52,5 +52,5 @@ block_linear_int8_dynamic = define(
 torch.library.register_autograd(
     f"sparsekern::{OP}",
     _frozen.backward(block_linear_int8_dynamic, grad_input),
-    setup_context=_frozen.setup_context,
+    setup_context=_frozen.setup_context(),
 )

@@ -132,13 +132,17 @@ def with_split(config: SpmmConfig, tokens: int, n_blocks: int, rows: int, block,
     return replace(config, split=split)
 
 
-def grad_config(x, chunks: int, block, processors: int) -> GradConfig:
-    """The config of the weight gradient for `chunks` chunks of blocks (outputs, inputs)."""
+def grad_config(x, chunks: int, block, processors: int, tokens: int = 0) -> GradConfig:
+    """The config of the weight gradient for `chunks` chunks of blocks (outputs, inputs).
+
+    `tokens` is what is summed over, by default the rows of x.
+    """
+    tokens = tokens or x.shape[0]
     rows = max(16, min(128, _power(block[0])))
     step = 128 // x.element_size()
     programs = chunks * -(-block[0] // rows) * -(-block[1] // CHUNK_COLUMNS)
     split = 1
-    while programs * split < processors and split < 16 and x.shape[0] >= 8 * step * split:
+    while programs * split < processors and split < 16 and tokens >= 8 * step * split:
         split *= 2
     return GradConfig(rows, CHUNK_COLUMNS, step, 8 if rows == 128 else 4, 3, split)
 

@@ -1,13 +1,12 @@
-"""Convolutions on CUDA: which run sparse, and the dense path of those that do not.
+"""Convolutions on CUDA: what the formats share, and those with weights of blocks.
 
 - block_conv2d: the implicit product of `conv_triton` on blocks that fit it (see `misfit` in
-  `block_cuda`), or the dense weight, whichever is faster.
-- csr_conv2d and nm_conv2d with a 1x1 kernel, stride 1 and no padding or groups: the linear op on
-  the pixels, without a copy of a channels_last input.
-- Everything else, and all gradients: the dense weight, put together on the device without waiting
-  for it (N:M in one pass of a kernel), and the convolution of torch. The reason is said once.
+  `block_cuda`); its input gradient is the same product on the transposed index, its weight gradient
+  a product of pixels where blocks are.
+- csr_conv2d and nm_conv2d: see `csr_conv_cuda` and `nm_conv_cuda`.
 
-Results are contiguous (n, out, oh, ow), as on the CPU.
+Beside each stands the dense weight, put together on the device without waiting for it, and the
+convolution of torch; the fastest is kept. Results are contiguous (n, out, oh, ow), as on the CPU.
 """
 
 from functools import partial
@@ -15,11 +14,10 @@ from functools import partial
 import torch
 from torch.nn.functional import conv2d
 
-from . import block_conv, conv, nm_conv
-from ._library import CUDA, check_activation, check_indices
+from . import block_conv
+from ._library import CUDA, check_activation
 from .block import block_grid
 from .block_cuda import (
-    KERNEL_DTYPES,
     backward_parts,
     blocks_of,
     check_pattern,
@@ -27,22 +25,15 @@ from .block_cuda import (
     choice_key,
     dense_weight,
     forward_parts,
-    kernel_fault,
     takes_kernel,
-    unturned,
 )
-from .block_tuning import candidates, worth_timing
-from .conv import output_size
-from .csr import csr_linear
-from .cuda_choice import run_fastest, token_bucket
-from .cuda_support import check, check_bias, finish, state_once
-from .nm import nm_linear, slot_channels, slot_columns
-
-_NO_GRADIENT = "gradients of convolutions have no sparse kernel on CUDA"
-_POINTWISE = "only 1x1 kernels with stride 1 and without padding or groups run sparse on CUDA"
+from .block_tuning import candidates, precision, worth_timing
+from .conv import dense_grad_input, output_size
+from .cuda_choice import run_fastest, shape_key, token_bucket
+from .cuda_support import check, check_bias, check_operand, finish
 
 
-def _empty_output(op, x, outputs, kernel_size, stride, padding, dilation, groups):
+def empty_output(op, x, outputs, kernel_size, stride, padding, dilation, groups):
     """The uninitialised result of a convolution, after checks of its geometry."""
     check(x.dim() == 4, op, "x with 4 dimensions", f"shape {tuple(x.shape)}")
     divides = groups >= 1 and x.shape[1] % groups == 0 and outputs % groups == 0
@@ -59,7 +50,7 @@ def _block_conv(
     kernel_size, stride, padding, dilation, groups, activation="none",
 ):  # fmt: skip
     op, geometry = block_conv.CONV, (kernel_size, stride, padding, dilation, groups)
-    y = _empty_output(op, x, out_channels, *geometry)
+    y = empty_output(op, x, out_channels, *geometry)
     check_values(op, x, values, col)
     channels, taps = x.shape[1] // groups, kernel_size[0] * kernel_size[1]
     rows = block_grid(out_channels, channels, values.shape[1:], groups)[0]
@@ -76,14 +67,17 @@ def _block_conv(
     with torch.cuda.device_of(x):
         ways = _block_ways(op, x, values, (crow, col, None, order), bias, y, geometry, activation)
         key = choice_key(op, x, values, out_channels, channels, y.numel() // out_channels)
-        layout = x.is_contiguous(memory_format=torch.channels_last)
-        key = (*key, *map(tuple, geometry[:4]), groups, tuple(y.shape[2:]), layout)
+        key = (*key, *conv_key(x, y, geometry))
         return run_fastest(key, {**ways, "dense": dense}, x)
 
 
-def _block_ways(op, x, values, index, bias, y, geometry, activation) -> dict:
-    """The configs worth timing, by name, as calls of the kernel; none where it does not fit."""
-    if not takes_kernel(op, values, values.shape[1]) or 0 in (y.numel(), values.numel()):
+def _block_ways(op, x, values, index, bias, y, geometry, activation, source=None) -> dict:
+    """The configs worth timing, by name, as calls of the kernel; none where it does not fit.
+
+    `source` makes the input of the product where that is not x.
+    """
+    block = tuple(values.shape[1:]) if index[2] is None else tuple(values.shape[:0:-1])
+    if not takes_kernel(op, values, block[0]) or 0 in (y.numel(), values.numel(), x.numel()):
         return {}
     from .block_triton import Index
     from .conv_triton import Geometry, block_conv
@@ -92,11 +86,11 @@ def _block_ways(op, x, values, index, bias, y, geometry, activation) -> dict:
     geometry = Geometry(*geometry)
 
     def run(config):
-        last = x.contiguous(memory_format=torch.channels_last)
+        last = (source() if source else x).contiguous(memory_format=torch.channels_last)
         arguments = (values.contiguous(), Index(*index), bias, y, geometry, activation, config)
         return block_conv(last, *arguments)
 
-    found = candidates(x.device, x.element_size(), pixels, tuple(values.shape[1:]))
+    found = candidates(x.device, x.element_size(), pixels, block)
     found = worth_timing(found, pixels, values.numel()).items()
     return {name: partial(run, config) for name, config in found if not config.persistent}
 
@@ -107,15 +101,27 @@ def _block_conv_grad_input(
 ):  # fmt: skip
     op, taps = "block_conv2d_grad_input", kernel_size[0] * kernel_size[1]
     check_values(op, grad, values, col)
-    state_once(f"{op} is computed with the dense weight: {_NO_GRADIENT}")
-    per_group = channels // groups
-    _, row, slot, _ = backward_parts(op, plan_t, crow, col, per_group, values.shape[2], taps)
-    row = unturned(row, slot)
-    weight = dense_weight(values, row, col, grad.shape[1], per_group, groups, taps)
-    size = (grad.shape[0], channels, height, width)
-    return torch.nn.grad.conv2d_input(
-        size, weight.unflatten(2, kernel_size), grad, stride, padding, dilation, groups
-    ).contiguous()
+    outputs, per_group = grad.shape[1], channels // groups
+    rows = block_grid(outputs, per_group, values.shape[1:], groups)[0]
+    check_pattern(op, grad, crow, col, rows)
+    sizes = (per_group, values.shape[2], taps, groups)
+    index = backward_parts(op, plan_t, crow, col, *sizes)
+    y = grad.new_empty(grad.shape[0], channels, height, width)
+    geometry = (kernel_size, stride, padding, dilation, groups)
+
+    def dense():
+        weight = dense_weight(values, rows_of(crow, col), col, outputs, per_group, groups, taps)
+        return dense_grad_input(
+            grad, weight.unflatten(2, kernel_size), y.shape[1:], geometry[1:]
+        )  # fmt: skip
+
+    with torch.cuda.device_of(grad):
+        turned = turned_geometry(geometry)
+        spread = lambda: insert_zeros(grad, stride)  # noqa: E731
+        ways = _block_ways(op, grad, values, index, None, y, turned, "none", spread)
+        key = choice_key(op, grad, values, outputs, channels, y.numel() // channels)
+        key = (*key, *conv_key(grad, y, geometry))
+        return run_fastest(key, {**ways, "dense": dense}, grad)
 
 
 def _block_conv_grad_values(
@@ -123,12 +129,65 @@ def _block_conv_grad_values(
     kernel_size, stride, padding, dilation, groups,
 ):  # fmt: skip
     op, taps = "block_conv2d_grad_values", kernel_size[0] * kernel_size[1]
-    state_once(f"{op} is computed with the dense weight: {_NO_GRADIENT}")
+    block, geometry = (block_rows, block_cols), (kernel_size, stride, padding, dilation, groups)
+    check_operand(op, "grad", grad, x, x.dtype)
     channels = x.shape[1] // groups
-    _, row, _ = forward_parts(op, plan, crow, col, channels, block_cols, taps)
-    shape = (grad.shape[1], channels, *kernel_size)
-    dense = torch.nn.grad.conv2d_weight(x, shape, grad, stride, padding, dilation, groups)
-    return blocks_of(dense.flatten(2), row, col, (block_rows, block_cols), groups)
+    check_pattern(op, x, crow, col, block_grid(grad.shape[1], channels, block, groups)[0])
+    _, row, chunks = forward_parts(op, plan, crow, col, channels, block_cols, taps)
+
+    def dense():
+        shape = (grad.shape[1], channels, *kernel_size)
+        full = torch.nn.grad.conv2d_weight(x, shape, grad, stride, padding, dilation, groups)
+        return blocks_of(full.flatten(2), row, col, block, groups)
+
+    def kernel():
+        from .conv_triton import Geometry, block_conv_sddmm
+
+        last = [t.contiguous(memory_format=torch.channels_last) for t in (grad, x)]
+        return block_conv_sddmm(*last, (crow, col, row, chunks), block, Geometry(*geometry))
+
+    ways = {"kernel": kernel} if takes_kernel(op, x, block_rows) else {}
+    with torch.cuda.device_of(x):
+        pixels = grad.numel() // max(1, grad.shape[1])
+        key = shape_key(op, x, grad.shape[1], x.shape[1], col.numel(), pixels)
+        key = (*key, block, precision(x.dtype), *conv_key(x, grad, geometry))
+        return run_fastest(key, {**ways, "dense": dense}, x)
+
+
+def conv_key(x, y, geometry) -> tuple:
+    """What the choice of a way depends on besides the shape of the product."""
+    layout = x.is_contiguous(memory_format=torch.channels_last)
+    return (*map(tuple, geometry[:4]), geometry[4], tuple(x.shape[2:]), tuple(y.shape[2:]), layout)
+
+
+def turned_geometry(geometry) -> tuple:
+    """The geometry of the convolution that gives the gradient of the input.
+
+    Its input is the gradient of the output with zeros between its pixels (`insert_zeros`), its
+    weight has kernel positions from the last to the first; padding may be negative.
+    """
+    kernel_size, _, padding, dilation, groups = geometry
+    padding = tuple(d * (k - 1) - p for d, k, p in zip(dilation, kernel_size, padding))
+    return (kernel_size, (1, 1), padding, dilation, groups)
+
+
+def insert_zeros(grad, stride):
+    """A gradient `(n, c, oh, ow)` at the stride of its convolution: the rest is 0."""
+    if tuple(stride) == (1, 1):
+        return grad
+    size = [(n - 1) * s + 1 for n, s in zip(grad.shape[2:], stride)]
+    last = not grad.is_contiguous()
+    spread = grad.new_zeros(*grad.shape[:2], *size)
+    if last:
+        spread = spread.contiguous(memory_format=torch.channels_last)
+    spread[:, :, :: stride[0], :: stride[1]] = grad
+    return spread
+
+
+def rows_of(crow, col):
+    """Row of each value or block, without reading the counts back."""
+    at = torch.arange(col.numel(), device=col.device, dtype=crow.dtype)
+    return torch.searchsorted(crow, at, right=True) - 1
 
 
 def is_pointwise(kernel_size, stride, padding, groups) -> bool:
@@ -136,83 +195,11 @@ def is_pointwise(kernel_size, stride, padding, groups) -> bool:
     return (*kernel_size, *stride, *padding, groups) == (1, 1, 1, 1, 0, 0, 1)
 
 
-def _pixels_linear(linear, x):
+def pixels_linear(linear, x):
     """Run `linear` on (pixels, channels); no copy of a channels_last x, one of the result."""
     return linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
-
-
-def _csr_conv(
-    x, values, crow, col, bias, plan, plan_t,
-    kernel_size, stride, padding, dilation, groups, activation="none",
-):  # fmt: skip
-    op, geometry = conv.CONV, (kernel_size, stride, padding, dilation, groups)
-    _empty_output(op, x, crow.numel() - 1, *geometry)
-    if is_pointwise(kernel_size, stride, padding, groups):
-        # The plan of a 1x1 convolution is that of its (out, in) matrix.
-        return _pixels_linear(
-            lambda flat: csr_linear(flat, values, crow, col, bias, plan, plan_t, activation), x
-        )
-    state_once(f"{op} is computed with the dense weight: {_POINTWISE}")
-    shape = (crow.numel() - 1, x.shape[1] // groups, *kernel_size)
-    cols = shape[1] * shape[2] * shape[3]
-    if plan is None or plan.numel() == 0:
-        check_indices(op, crow, col, cols)
-    weight = values.new_zeros(shape[0], cols)
-    weight.index_put_((_rows(crow, col), col.long()), values)
-    y = conv2d(x, weight.view(shape), bias, *geometry[1:])
-    return finish(y, None, activation, op).contiguous()
-
-
-def _csr_conv_residual(*args):
-    """csr_conv2d as it is called: activation and residual may be there or not."""
-    parts, (activation, residual) = (
-        args[:12],
-        (*args[12:], None)[:2] if args[12:] else ("none", None),
-    )
-    if residual is None:
-        return _csr_conv(*parts, activation)
-    return conv.add_residual(conv.CONV, _csr_conv(*parts), residual, activation)
-
-
-def _rows(crow, col):
-    """Row of each value, without reading the counts back."""
-    at = torch.arange(col.numel(), device=col.device, dtype=crow.dtype)
-    return torch.searchsorted(crow, at, right=True) - 1
-
-
-def _nm_conv(
-    x, values, index, bias, plan, plan_t, n, m,
-    kernel_size, stride, padding, dilation, groups, activation="none",
-):  # fmt: skip
-    op, geometry = nm_conv.CONV, (kernel_size, stride, padding, dilation, groups)
-    _empty_output(op, x, index.shape[0], *geometry)
-    if is_pointwise(kernel_size, stride, padding, groups):
-        return _pixels_linear(
-            lambda flat: nm_linear(flat, values, index, bias, plan, plan_t, n, m, activation), x
-        )
-    state_once(f"{op} is computed with the dense weight: {_POINTWISE}")
-    channels, taps = x.shape[1] // groups, kernel_size[0] * kernel_size[1]
-    if plan is None or plan.numel() == 0:
-        slot_columns(op, index, channels, n, m, taps)  # checks every position
-    weight = _expanded(values, index, channels, n, m, taps)
-    weight = weight.unflatten(1, (*kernel_size, channels)).permute(0, 3, 1, 2)  # channels_last
-    y = conv2d(x, weight, bias, *geometry[1:])
-    return finish(y, None, activation, op).contiguous()
-
-
-def _expanded(values, index, channels, n, m, taps):
-    """The dense weight (rows, taps * channels) of an N:M weight, without a wait."""
-    if not kernel_fault(values.device) and values.dtype in KERNEL_DTYPES:
-        from .nm_expand_triton import nm_expand
-
-        return nm_expand(values.contiguous(), index.contiguous(), channels, n, m, taps)
-    channel = slot_channels(index, channels, n, m, taps)
-    column = (channel + torch.arange(taps, device=index.device)[:, None] * channels).flatten(1)
-    return values.new_zeros(values.shape[0], taps * channels).scatter_(1, column, values)
 
 
 CUDA.impl("block_conv2d", _block_conv)
 CUDA.impl("block_conv2d_grad_input", _block_conv_grad_input)
 CUDA.impl("block_conv2d_grad_values", _block_conv_grad_values)
-CUDA.impl("csr_conv2d", _csr_conv_residual)
-CUDA.impl("nm_conv2d", _nm_conv)

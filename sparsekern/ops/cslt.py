@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import cuda_packed
+from .block_tuning import precision
 from .cuda_choice import ROUNDS, elapsed_ms, token_bucket
 from .cuda_libraries import CUSPARSELT, find_library
 from .cuda_packed import Packed
@@ -24,6 +25,7 @@ _OPS = torch.ops.sparsekern
 SEGMENT_K, SEGMENT_K_CAPABILITY, SEGMENT_K_ROWS = -1, (9, 0), 400
 SPLIT_TOKENS = 512  # with more tokens there are tiles enough without splitting
 PROBE_S = 300
+BYTES = (torch.int8, torch.float8_e4m3fn)
 _ALGORITHMS: dict[tuple, list[int]] = {}
 _FUSED_GELU: dict[tuple, str] = {}
 
@@ -34,13 +36,21 @@ def library_fault(device) -> str:
 
 
 def weight_fault(dtype: torch.dtype, rows: int, cols: int, n: int, m: int) -> str:
-    """Say why a weight is none for cuSPARSELt; empty when it is one."""
-    if (n, m) != (2, 4):
-        return f"expected a 2:4 weight, got {n}:{m}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"expected a weight of float16 or bfloat16, got {dtype}"
-    if rows % 16 or cols % 16:
-        return f"expected sizes that are multiples of 16, got {rows} x {cols}"
+    """Say why a weight is none for cuSPARSELt; empty when it is one.
+
+    Its tensor cores keep one of two in float32, not two of four, and round both operands to TF32
+    (10 bits behind the point), which has to be allowed as for dense products.
+    """
+    pattern = (1, 2) if dtype == torch.float32 else (2, 4)
+    if (n, m) != pattern:
+        return f"expected a {pattern[0]}:{pattern[1]} weight in {dtype}, got {n}:{m}"
+    if dtype == torch.float32 and precision(dtype) != "tf32":
+        return "expected float32 products that may be rounded to TF32, got full precision"
+    if dtype not in (torch.float16, torch.bfloat16, *BYTES, torch.float32):
+        return f"expected a weight of float32, float16, bfloat16, int8 or float8, got {dtype}"
+    unit = 32 if dtype in BYTES else 16
+    if rows % unit or cols % unit:
+        return f"expected sizes that are multiples of {unit}, got {rows} x {cols}"
     return ""
 
 
@@ -118,15 +128,23 @@ def padded_tokens(x: Tensor, unit: int = 8) -> Tensor:
 
 
 def _product(x, packed, bias, rows: int, activation: int, algorithm: list[int]) -> Tensor:
-    return _OPS._cslt_linear(x, packed, bias, rows, activation, 1.0, x.dtype, algorithm)
+    return _OPS._cslt_linear(x, packed, bias, rows, activation, 1.0, _result(x), algorithm)
+
+
+def _result(x: Tensor) -> torch.dtype:
+    """What products of x come out in: sums of 8-bit numbers fit the range of bfloat16."""
+    return torch.bfloat16 if x.dtype in BYTES else x.dtype
 
 
 def linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, activation: str) -> Tensor:
-    """act(x W^T + b) for x `(tokens, in)` and a packed weight; `(tokens, rows)`."""
+    """act(x W^T + b) for x `(tokens, in)` and a packed weight; `(tokens, rows)`.
+
+    bfloat16 for x of 8 bits, else the dtype of x.
+    """
     from ._library import activate
 
     fused = _fused_code(x, activation)
-    padded = padded_tokens(x)
+    padded = padded_tokens(x, 16 if x.dtype in BYTES else 8)
     algorithm = _algorithm(padded, packed, bias, rows, fused)
     y = _product(padded, packed, bias, rows, fused, algorithm).narrow(0, 0, x.shape[0])
     return y if fused or activation == "none" else activate(y, activation, "nm_linear")
@@ -184,7 +202,7 @@ def split_candidates(best: list[int], capability, rows: int, tokens: int) -> lis
 
 def _search(x, packed, bias, rows: int, activation: int) -> list[int]:
     try:
-        best = list(_OPS._cslt_search(x, packed, bias, rows, activation, x.dtype))
+        best = list(_OPS._cslt_search(x, packed, bias, rows, activation, _result(x)))
     except RuntimeError as error:
         state_once(f"nm_linear takes the default algorithm of cuSPARSELt: {error}")
         return []

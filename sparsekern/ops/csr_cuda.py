@@ -214,15 +214,22 @@ def _make_plan(crow: Tensor, col: Tensor, cols: int) -> Tensor:
     return packed if packed.numel() > 1 else crow.new_zeros(1)
 
 
-def _make_transposed(crow: Tensor, col: Tensor, cols: int) -> Tensor:
-    """The transposed pattern as one int32 tensor: crow_t, col_t, perm, each 16-byte aligned."""
+def _make_transposed(crow: Tensor, col: Tensor, cols: int, groups: int = 1, taps: int = 1):
+    """The transposed pattern as one int32 tensor: crow_t, col_t, perm, each 16-byte aligned.
+
+    Of a convolution it is the weight (groups * channels, outputs of a group, kernel positions from
+    the last to the first), whose convolution with the gradient is the gradient of the input.
+    """
     check_indices("csr_plan", crow, col, cols)
-    perm = torch.sort(col, stable=True).indices
-    rows = torch.arange(crow.numel() - 1, device=crow.device)
-    row = torch.repeat_interleave(rows, crow.diff().long())
-    crow_t = torch.zeros(cols + 1, dtype=torch.int64, device=crow.device)
-    crow_t[1:] = torch.bincount(col, minlength=cols).cumsum(0)
-    parts = [t.to(torch.int32) for t in (crow_t, row[perm], perm)]
+    rows, channels, col = crow.numel() - 1, cols // taps, col.long()
+    row = torch.repeat_interleave(torch.arange(rows, device=crow.device), crow.diff().long())
+    per_group = max(1, rows // groups)
+    turned = row % per_group * taps + taps - 1 - col % taps
+    channel = row // per_group * channels + col // taps
+    perm = torch.argsort(channel * (per_group * taps) + turned)
+    crow_t = torch.zeros(groups * channels + 1, dtype=torch.int64, device=crow.device)
+    crow_t[1:] = torch.bincount(channel, minlength=groups * channels).cumsum(0)
+    parts = [t.to(torch.int32) for t in (crow_t, turned[perm], perm)]
     return torch.cat([torch.nn.functional.pad(t, (0, -t.numel() % 4)) for t in parts])
 
 
@@ -233,10 +240,10 @@ def split_transposed(bundle: Tensor, cols: int, nnz: int) -> tuple[Tensor, Tenso
     return bundle.narrow(0, 0, cols + 1), col_t, bundle.narrow(0, first + length, nnz)
 
 
-def _transposed_record(plan_t: Tensor, crow: Tensor, col: Tensor, cols: int):
+def _transposed_record(plan_t: Tensor, crow: Tensor, col: Tensor, *sizes: int):
     record = recall(plan_t)
     if record is None:
-        record = remember(plan_t, Record(made=_make_transposed(crow, col, cols)))
+        record = remember(plan_t, Record(made=_make_transposed(crow, col, *sizes)))
     return record, plan_t if record.made is None else record.made
 
 
@@ -332,11 +339,13 @@ def _plan(crow, col, cols, groups=1, taps=1, transpose=False, pairs=False):
     for name, index in (("crow", crow), ("col", col)):
         check_operand("csr_plan", name, index, crow, torch.int32)
     with torch.cuda.device_of(crow):
-        if groups > 1 or taps > 1:  # a convolution: its way needs no schedule
+        if transpose:
+            made = _make_transposed(crow, col, cols, groups, taps)
+        elif groups > 1:  # no matrix, so nothing for the kernels of few tokens
             check_indices("csr_plan", crow, col, cols)
             made = crow.new_zeros(1)
         else:
-            made = (_make_transposed if transpose else _make_plan)(crow, col, cols)
+            made = _make_plan(crow, col, cols)
     remember(made, Record())
     return made
 

@@ -38,7 +38,8 @@ csr_linear_int8 = define(
 )
 
 
-def _grad_input(grad, values, scales, crow, col, in_features):
+def _grad_input(grad, weight, in_features, sizes):
+    values, scales, crow, col = weight
     wide = dequantize(values, scales, crow).to(grad.dtype)
     return csr_linear_grad_input(grad, wide, crow, col, None, in_features)
 
@@ -46,5 +47,5 @@ def _grad_input(grad, values, scales, crow, col, in_features):
 torch.library.register_autograd(
     f"sparsekern::{OP}",
     _frozen.backward(csr_linear_int8, _grad_input),
-    setup_context=_frozen.setup_context,
+    setup_context=_frozen.setup_context(),
 )

@@ -2,7 +2,7 @@
 
 The weight gradient is a dense product of which the kept positions are collected. The input gradient
 runs on the transposed weight packed as 2:4 where its mask is 2:4, too, else on the dense one.
-Pruning on the fly while training is left to the mask of SR-STE (`sparsekern.Pruner`).
+In float32 cuSPARSELt takes 1:2 weights alone, and only where TF32 is allowed (see `cslt`).
 """
 
 from __future__ import annotations
@@ -45,24 +45,28 @@ def _kernels(x: Tensor) -> bool:
     return not kernel_fault(device_facts(x.device.index)) and x.dtype != torch.float64
 
 
-def expand(values: Tensor, index: Tensor, channels: int, n: int, m: int) -> Tensor:
-    """The dense weight `(rows, channels)`, without a check and without a wait."""
+def expand(values: Tensor, index: Tensor, channels: int, n: int, m: int, taps: int = 1) -> Tensor:
+    """The dense weight `(rows, taps * channels)`, without a check and without a wait."""
     if _kernels(values):
         from .nm_expand_triton import nm_expand
 
-        return nm_expand(values, index, channels, n, m)
-    columns = slot_channels(index, channels, n, m).flatten(1)
-    dense = values.new_zeros(values.shape[0], channels).scatter(1, columns, values)
+        return nm_expand(values, index, channels, n, m, taps)
+    channel = slot_channels(index, channels, n, m, taps)
+    columns = channel + torch.arange(taps, device=index.device)[:, None] * channels
+    dense = values.new_zeros(values.shape[0], taps * channels)
+    dense = dense.scatter(1, columns.flatten(1), values)
     return torch.where(dense == 0, 0, dense)
 
 
-def collect(dense: Tensor, index: Tensor, slots: int, n: int, m: int) -> Tensor:
-    """The values `(rows, slots)` of a dense matrix at the stored positions."""
+def collect(dense: Tensor, index: Tensor, slots: int, n: int, m: int, taps: int = 1) -> Tensor:
+    """The values `(rows, slots)` of a dense weight `(rows, channels * taps)` where it is stored."""
     if _kernels(dense):
         from .nm_expand_triton import nm_collect
 
-        return nm_collect(dense, index, slots, n, m)
-    return dense.gather(1, slot_channels(index, dense.shape[1], n, m).flatten(1))
+        return nm_collect(dense, index, slots, n, m, taps)
+    channel = slot_channels(index, dense.shape[1] // taps, n, m, taps)
+    columns = channel * taps + torch.arange(taps, device=index.device)[:, None]
+    return dense.gather(1, columns.flatten(1))
 
 
 def library_fault(x: Tensor, rows: int, cols: int, n: int, m: int) -> str:
@@ -172,7 +176,7 @@ def _grad_input(grad, values, index, plan_t, in_features, n, m):
         if flat.shape[0] == 0 or values.numel() == 0:
             return dense().view(*grad.shape[:-1], in_features)
         ways = {"dense": dense}
-        if _transposable(plan_t, grad, index, in_features, n, m):
+        if transposable(plan_t, grad, index, in_features, n, m):
             place = _library_place(plan_t, values, grad, in_features, rows, n, m, "transposed")
             if place is not None:
 
@@ -199,7 +203,7 @@ def _grad_values(grad, x, index, plan_t, n, m):
         return collect(dense, index.contiguous(), slot_count(cols, n, m), n, m)
 
 
-def _transposable(plan_t, like, index, cols: int, n: int, m: int) -> bool:
+def transposable(plan_t, like, index, cols: int, n: int, m: int, taps: int = 1) -> bool:
     """Whether the transposed weight can be packed, by the record of a plan; made when not ours."""
     record = recall(plan_t) if plan_t is not None else None
     if record is None:
@@ -208,7 +212,7 @@ def _transposable(plan_t, like, index, cols: int, n: int, m: int) -> bool:
         record = remember(plan_t, Record())
     if "transposable" not in record.facts:
         record.facts["transposable"] = (n, m) == (2, 4) and is_transposable(
-            slot_columns("nm_plan", index, cols, n, m), index.shape[0], cols
+            slot_columns("nm_plan", index, cols, n, m, taps), index.shape[0], cols * taps
         )
     return record.facts["transposable"]
 
@@ -225,8 +229,8 @@ def _plan(index, rows, channels, n, m, groups=1, taps=1, transpose=False):
     with torch.cuda.device_of(index):
         columns = slot_columns("nm_plan", index, channels, n, m, taps)
         record = Record()
-        if transpose and (n, m, taps) == (2, 4, 1):
-            record.facts["transposable"] = is_transposable(columns, rows, channels)
+        if transpose and (n, m, groups) == (2, 4, 1):
+            record.facts["transposable"] = is_transposable(columns, rows, channels * taps)
         made = index.new_zeros(1, dtype=torch.int32)  # an identity for the record
     remember(made, record)
     return made

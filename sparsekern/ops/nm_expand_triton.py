@@ -40,7 +40,7 @@ def _expand(
 @triton.jit
 def _collect(
     dense, index, values, channels, slots, row_bytes,
-    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr, TAPS: tl.constexpr,
 ):  # fmt: skip
     """One row of the values per program on axis 0, BLOCK slots on axis 1."""
     row = tl.program_id(0).to(tl.int64)
@@ -48,8 +48,9 @@ def _collect(
     inside = slot < slots
     byte = tl.load(index + row * row_bytes + slot * BITS // 8, mask=inside, other=0)
     code = (byte.to(tl.int32) >> (slot * BITS % 8)) & ((1 << BITS) - 1)
-    column = slot // N * M + code
-    value = tl.load(dense + row * channels + column, mask=inside & (column < channels), other=0.0)
+    channel = slot // N // TAPS * M + code
+    place = dense + row * (channels * TAPS) + channel * TAPS + slot // N % TAPS
+    value = tl.load(place, mask=inside & (channel < channels), other=0.0)
     tl.store(values + row * slots + slot, value, mask=inside)
 
 
@@ -66,13 +67,13 @@ def nm_expand(
     return dense
 
 
-def nm_collect(dense: torch.Tensor, index: torch.Tensor, slots: int, n: int, m: int):
-    """The values `(rows, slots)` of a dense matrix `(rows, channels)` at the stored positions."""
-    rows, channels = dense.shape
+def nm_collect(dense: torch.Tensor, index: torch.Tensor, slots: int, n: int, m: int, taps: int = 1):
+    """The values `(rows, slots)` of a dense weight `(rows, channels * taps)` where it is stored."""
+    rows, channels = dense.shape[0], dense.shape[1] // taps
     values = dense.new_empty(rows, slots)
     grid = (rows, triton.cdiv(slots, BLOCK))
     if values.numel():
         _collect[grid](
-            dense, index, values, channels, slots, index.shape[1], n, m, slot_bits(m), BLOCK
+            dense, index, values, channels, slots, index.shape[1], n, m, slot_bits(m), BLOCK, taps
         )
     return values

@@ -74,10 +74,11 @@ def _two_of_four(values, index, row, byte, inside, slots, row_bytes, BYTES: tl.c
 
 @triton.jit
 def decode_kernel(
-    x, values, index, bias, y, rows, cols, tokens, slots, row_bytes, steps,
+    x, values, scales, index, bias, y, rows, cols, tokens, slots, row_bytes, steps,
     N: tl.constexpr, M: tl.constexpr, WIDE: tl.constexpr, BITS: tl.constexpr,
-    PACKED: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, TOKENS: tl.constexpr,
-    SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr,
+    SCALED: tl.constexpr, FLOAT8: tl.constexpr, PACKED: tl.constexpr, ROWS: tl.constexpr,
+    GROUPS: tl.constexpr, TOKENS: tl.constexpr, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of the weight times all tokens, GROUPS groups of M columns a step."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -100,6 +101,8 @@ def decode_kernel(
                 values, index, wide_row, group, inside, slots, row_bytes, N, M, WIDE, BITS
             )
             weight = tl.reshape(tile, (ROWS, GROUPS * WIDE))
+        if FLOAT8:  # read as the bytes they are
+            weight = weight.to(tl.float8e4nv, bitcast=True)
         place = tl.arange(0, GROUPS * WIDE)
         if WIDE == M:  # runs that 16-byte loads may take
             column = step * (GROUPS * M) + place
@@ -111,11 +114,15 @@ def decode_kernel(
         right = tl.load(x + token[None, :] * cols + column[:, None], mask=here, other=0)
         if UPCAST:
             weight, right = weight.to(tl.float32), right.to(tl.float32)
+        elif SCALED:  # 8 bits, which every dtype of x holds exactly
+            weight = weight.to(x.dtype.element_ty)
         total = tl.dot(weight, right, total, input_precision="tf32x3")
+    if SCALED:
+        total *= tl.load(scales + row, mask=row < rows, other=0)[:, None]
     store_tile(total, y, bias, row, token, rows, tokens, part, SPLIT, HAS_BIAS, ACTIVATION)
 
 
-def nm_decode(x, values, index, shape, bias=None, activation="none", split=None):
+def nm_decode(x, values, index, shape, bias=None, activation="none", split=None, scales=None):
     """Compute act(x W^T + b) for at most 64 tokens of float32, float16 or bfloat16.
 
     Args:
@@ -126,13 +133,15 @@ def nm_decode(x, values, index, shape, bias=None, activation="none", split=None)
         bias: `(out,)` or None.
         activation: none, relu, gelu or gelu_tanh.
         split: Parts of each sum; by default what fills the device.
+        scales: `(out,)` float32 for values of int8, or uint8 with the bits of float8 e4m3, which
+            they multiply.
 
     Raises:
         RuntimeError: Too many tokens, or tensors that do not fit.
     """
     op = "nm_decode"
     rows, cols, n, m = shape
-    check_linear(op, x, values, bias, rows, activation, MAX_TOKENS)
+    check_linear(op, x, values if scales is None else x, bias, rows, activation, MAX_TOKENS)
     slots = slot_count(cols, n, m)
     if x.dtype == torch.float64:
         raise RuntimeError(f"{op}: expected x of 16 or 32 bits, got {x.dtype}")
@@ -144,7 +153,9 @@ def nm_decode(x, values, index, shape, bias=None, activation="none", split=None)
     if 0 in (x.shape[0], rows):
         return x.new_empty((x.shape[0], rows))
     x, values, index = x.contiguous(), values.contiguous(), index.contiguous()
-    packed = (n, m) == (2, 4) and x.element_size() == 2 and slots % 4 == 0
+    float8 = values.dtype == torch.uint8
+    values = values.view(torch.int8) if float8 else values
+    packed = (n, m) == (2, 4) and values.element_size() == 2 and slots % 4 == 0
     packed = packed and values.data_ptr() % 8 == 0
     chosen = settings(x.shape[0], n, m, packed)
     tiles = triton.cdiv(rows, chosen["ROWS"])
@@ -153,8 +164,10 @@ def nm_decode(x, values, index, shape, bias=None, activation="none", split=None)
 
     def arguments(y):
         sizes = (rows, cols, x.shape[0], slots, index.shape[1], steps)
-        return (x, values, index, bias, y, *sizes), {
+        return (x, values, scales, index, bias, y, *sizes), {
             **chosen,
+            "SCALED": scales is not None,
+            "FLOAT8": float8,
             "PACKED": packed,
             "UPCAST": INTERPRET,
         }

@@ -115,7 +115,7 @@ class Pruner:
         try:
             self._begin()
         except BaseException:
-            self._guard.detach()
+            self._release()
             raise
 
     def step(self) -> bool:
@@ -242,9 +242,15 @@ class Pruner:
         """
         self._check_alive("finalize")
         self.forget()
-        self._guard.detach()
+        self._release()
         self._finished = True
         return self.report()
+
+    def _release(self) -> None:
+        """Take everything off the layers that is not theirs."""
+        self._guard.detach()
+        for layer in self.layers:
+            self._job.method.installed(layer, None)
 
     def _default_schedule(self) -> Schedule:
         job, sparsity = self._job, self._job.sparsity
@@ -331,6 +337,7 @@ class Pruner:
             if method.watches == "updates" or self._is_over():
                 slot.seen = None
             zero_out(slot.layer, mask)
+            method.installed(slot.layer, self._pattern_at(sparsity) if sparsity else None)
         self._pruned = self._pruned or sparsity > 0
 
     def _choose(self, sparsity: float) -> list[Tensor]:

@@ -251,3 +251,45 @@ def test_comparison_and_doctor():
     result = sk.compare(dense, sparse, x, budget_s=0.2, energy_window_s=0.3)
     assert "ms" in result.table()
     assert sk.doctor(quiet=True)["parts"]["GPU"]["available"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("activations", ["float", "dynamic"])
+def test_quantized_2_of_4(activations, dtype):
+    """The same numbers as on the CPU, in inference mode, under a graph, after a move."""
+    model = nn.Sequential(*[sk.SparseLinear(512, 512, pattern="2:4") for _ in range(2)]).eval()
+    x = torch.randn(96, 512)
+    sk.quantize(model, x, dtype, activations)
+    want = model(x).double().detach()
+    model.cuda()
+    with torch.inference_mode():
+        for _ in range(2):
+            check_close(model(x.cuda()), want, slack=10.0, tf32=True)
+        graph, y = torch.cuda.CUDAGraph(), x.cuda()
+        with torch.cuda.graph(graph):
+            out = model(y)
+        graph.replay()
+        check_close(out, want, slack=10.0, tf32=True)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "2:4T"])
+def test_srste_products(pattern):
+    """Losses with 2:4 products fall like those of dense products of the same masks."""
+    x = torch.randn(128, 256, device="cuda")
+    goal, losses = torch.randn(128, 64, device="cuda"), {}
+    for products in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 64)).cuda()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        pruner = sk.Pruner(model, optimizer, "srste", pattern=pattern, products=products)
+        losses[products] = []
+        for _ in range(10):
+            optimizer.zero_grad()
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                loss = nn.functional.mse_loss(model(x).float(), goal)
+            loss.backward()
+            optimizer.step()
+            pruner.step()
+            losses[products].append(loss.item())
+        pruner.finalize()
+    assert losses[True] == pytest.approx(losses[False], rel=2e-2)

@@ -221,3 +221,38 @@ def test_conv(name, size, dtype, split):
     got = run(last, values.to(dtype), index, bias, y, geometry, "gelu", config)
     assert got is y
     close(got, want, dtype)
+
+
+@pytest.mark.parametrize(("size", "dtype"), [((16, 24), torch.float32), ((9, 16), torch.float16)])
+@pytest.mark.parametrize("name", CONVS)
+def test_gradients_of_conv(name, size, dtype):
+    """By the kernels: zeros between pixels for strides, turned kernel positions, groups."""
+    images, channels, image, outputs, kernel, *rest = CONVS[name]
+    geometry, groups = (kernel, *rest), rest[-1]
+    taps, per_group = kernel[0] * kernel[1], channels // groups
+    values, crow, col = random_blocks(outputs, per_group, size, 0.4, groups, taps)
+    x = torch.randn(images, channels, *image, dtype=torch.float64).to(dtype)
+    sizes = (crow, col, outputs, per_group, *size, groups, taps)
+    plans = [block_cuda._plan(*sizes, transpose=turned) for turned in (False, True)]
+    exact = double((x, values, crow, col, None, None, None))
+    shape = block_conv._conv_reference(*exact, outputs, *geometry, "none").shape
+    grad = torch.randn(shape, dtype=torch.float64).to(dtype)
+    taken = []
+
+    def first_way(key, ways, like):
+        taken.append(next(iter(ways)))
+        return ways[taken[-1]]()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conv_cuda, "run_fastest", first_way)
+        got = conv_cuda._block_conv_grad_input(
+            grad, values.to(dtype), crow, col, plans[1], channels, *image, *geometry
+        )
+        got_values = conv_cuda._block_conv_grad_values(
+            grad, x, crow, col, plans[0], *size, *geometry
+        )
+    assert "dense" not in taken
+    exact = double((grad, values.to(dtype), crow, col, None))
+    close(got, block_conv._grad_input_reference(*exact, channels, *image, *geometry), dtype)
+    exact = double((grad, x, crow, col, None))
+    close(got_values, block_conv._grad_values_reference(*exact, *size, *geometry), dtype)

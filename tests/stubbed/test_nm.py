@@ -174,12 +174,60 @@ def test_bytes_multiply_too():
     torch.testing.assert_close(y.double(), want, rtol=0.01, atol=0.01)
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8], ids=["int8", "float8"])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_weights_and_tokens_of_8_bits(kind, tokens, monkeypatch):
+    """Both are packed as bytes; the products come out in bfloat16 and are scaled then."""
+    from sparsekern.ops import nm_int8, nm_int8_cuda
+    from sparsekern.weights_int8 import Float8NMWeight, Int8NMWeight
+
+    make = Int8NMWeight if kind == torch.int8 else Float8NMWeight
+    values, index = random_nm(64, 96, 2, 4)
+    held, scales = make.quantized(values.float(), (index,), (64, 96))
+    x, bias = torch.randn(tokens, 96).bfloat16(), torch.randn(64).bfloat16()
+    plan = nm_cuda._plan(index, 64, 96, 2, 4)
+    wide = nm_int8.dequantize_rows(held, scales).double()
+    seen = nm_int8.rounded_tokens(x, kind).double()
+    want = (seen @ dense_of(wide, index, 96).t() + bias.double()).relu()
+    taken = []
+
+    def run(key, ways, like):
+        taken.extend(ways)
+        return ways["cusparselt"]()
+
+    monkeypatch.setattr(nm_int8_cuda, "run_fastest", run)
+    monkeypatch.setattr(nm_int8_cuda, "device_facts", nm_cuda.device_facts)
+    for _ in range(2):
+        y = nm_int8_cuda._linear(x, held, scales, index, bias, plan, 2, 4, True, "relu")
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.double(), want, rtol=0.02, atol=0.02)
+    assert taken == ["cusparselt", "dense"] * 2
+    (packed,) = nm_cuda.recall(plan).packed.values()
+    assert packed.bytes.numel() == 64 * 96  # of the stand-in: the dense bytes
+
+
+def test_float32_takes_1_of_2_where_tf32_is_allowed(only, monkeypatch):
+    values, index = random_nm(48, 32, 1, 2)
+    values, x, bias = values.float(), torch.randn(11, 32), torch.randn(48)
+    plan = nm_cuda._plan(index, 48, 32, 1, 2)
+    run = lambda: nm_cuda._linear(x, values, index, bias, plan, None, 1, 2, "relu")  # noqa: E731
+    dense = nm_to_dense("test", values, index, 32, 1, 2).double()
+    only("cusparselt")
+    with pytest.raises(ValueError, match="not enough values"):
+        run()  # full precision is wanted: no such way
+    monkeypatch.setattr(cslt, "precision", lambda dtype: "tf32")
+    before = LT.stub_lt_count(b"matmul")
+    want = torch.nn.functional.linear(x.double(), dense, bias.double()).relu()
+    torch.testing.assert_close(run().double(), want, rtol=1e-5, atol=1e-5)
+    assert LT.stub_lt_count(b"matmul") > before
+
+
 @pytest.mark.parametrize(
     ("rows", "cols", "tokens", "dtype", "message"),
     [
-        (48, 24, 8, torch.bfloat16, "expected a 2:4 weight of sizes that are multiples of 16, got"),
-        (48, 48, 8, torch.int8, "expected a 2:4 weight of sizes that are multiples of 32, got"),
-        (48, 32, 8, torch.float32, "expected a 2:4 weight of float16, bfloat16, int8 or float8"),
+        (48, 24, 8, torch.bfloat16, "expected a weight of sizes that are multiples of 16, got"),
+        (48, 48, 8, torch.int8, "expected a weight of sizes that are multiples of 32, got"),
+        (48, 32, 8, torch.float64, "expected a weight of float32, float16, bfloat16, int8 or floa"),
         (48, 32, 7, torch.bfloat16, "expected padded tokens, a multiple of 8, got 7"),
     ],
 )

@@ -119,6 +119,9 @@ class Method:
         zero_out(layer, mask)
         return mask
 
+    def installed(self, layer: Layer, pattern: Pattern | None) -> None:
+        """Take note that a Pruner gave the layer a mask of a pattern; None: none, or no more."""
+
     def settle(self, model: nn.Module, layer: Layer, mask: Tensor) -> None:
         """Set to zero what goes with dropped weights (slimming: the BatchNorm channels)."""
 

@@ -76,7 +76,8 @@ void multiply(const Matmul& m, double alpha, const void* a, const void* b, void*
 }
 
 size_t width(cudaDataType type) {
-  return type == CUDA_R_8I ? 1 : 2;
+  if (type == CUDA_R_8I || type == CUDA_R_8F_E4M3) return 1;
+  return type == CUDA_R_32F ? 4 : 2;
 }
 
 }  // namespace
@@ -245,10 +246,11 @@ cusparseStatus_t cusparseLtSpMMAPruneCheck2(const cusparseLtHandle_t*,
                                             cudaStream_t) {
   const Matrix* m = as<Matrix>(matrix);
   *wrong = 0;
-  for (int64_t i = 0; i < m->rows * m->cols; i += 4) {
+  const int group = m->type == CUDA_R_32F ? 2 : 4;
+  for (int64_t i = 0; i < m->rows * m->cols; i += group) {
     int kept = 0;
-    for (int j = 0; j < 4; ++j) kept += load(dense, m->type, i + j) != 0;
-    *wrong |= kept > 2;
+    for (int j = 0; j < group; ++j) kept += load(dense, m->type, i + j) != 0;
+    *wrong |= kept > group / 2;
   }
   return count("prune check", true);
 }

@@ -4,6 +4,7 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cusparse.h>
 
 #include <cstdint>
@@ -16,6 +17,7 @@ inline double load(const void* data, cudaDataType type, int64_t i) {
     case CUDA_R_16F: return __half2float(static_cast<const __half*>(data)[i]);
     case CUDA_R_16BF: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
     case CUDA_R_8I: return static_cast<const int8_t*>(data)[i];
+    case CUDA_R_8F_E4M3: return float(static_cast<const __nv_fp8_e4m3*>(data)[i]);
     default: return 0;
   }
 }
