@@ -35,13 +35,13 @@ SETTINGS = (
 # By network: width, images per batch, images to train on, epochs, epochs of the sparse twins of
 # masked networks when they are trained once more and longer, learning rates dense and pruned.
 DEFAULTS = {
-    "width": {"mlp": 2048, "cnn": 64},
-    "batch": {"mlp": 512, "cnn": 128},
-    "train": {"mlp": 30720, "cnn": 7680},
-    "epochs": {"mlp": 5, "cnn": 4},
-    "longer": {"mlp": (6, 7), "cnn": (3, 4)},
-    "lr": {"mlp": 0.1, "cnn": 0.1},
-    "pruned_lr": {"mlp": 0.4, "cnn": 0.1},
+    "width": {"mlp": 2048, "cnn": 96},
+    "batch": {"mlp": 512, "cnn": 32},
+    "train": {"mlp": 30720, "cnn": 10240},
+    "epochs": {"mlp": 5, "cnn": 2},
+    "longer": {"mlp": (7, 10), "cnn": (3, 4)},
+    "lr": {"mlp": 0.2, "cnn": 0.2},
+    "pruned_lr": {"mlp": 0.8, "cnn": 0.5},
 }
 
 
@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
     add("--warmup", type=float, default=0.2, help="share of the steps in which the rate rises")
     add("--momentum", type=float, default=0.9)
     add("--threads", type=int, default=1)
-    add("--contest", type=float, default=4.0, help="seconds to find the fastest dense form")
+    add("--contest", type=float, default=2.0, help="seconds to find the fastest dense form")
     add("--out", type=Path, default=RESULTS)
     return made
 
