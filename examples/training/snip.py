@@ -30,10 +30,11 @@ from records import Records, RecordsError  # noqa: E402
 RESULTS = EXAMPLES.parent / "docs" / "experiments" / "training.jsonl"
 SETTINGS = (
     "sparsities", "patterns", "masked", "batch", "train", "epochs", "longer", "test", "width",
-    "held_out", "lr", "pruned_lr", "warmup", "momentum", "threads",
+    "held_out", "lr", "pruned_lr", "block_lr", "warmup", "momentum", "threads",
 )  # fmt: skip
 # By network: width, images per batch, images to train on, epochs, epochs of the sparse twins of
-# masked networks when they are trained once more and longer, learning rates dense and pruned.
+# masked networks when they are trained once more and longer, learning rates dense, pruned
+# as single weights, and pruned in other patterns (blocks at 0.8 diverge).
 DEFAULTS = {
     "width": {"mlp": 2048, "cnn": 96},
     "batch": {"mlp": 512, "cnn": 32},
@@ -42,6 +43,7 @@ DEFAULTS = {
     "longer": {"mlp": (7, 10), "cnn": (3, 4)},
     "lr": {"mlp": 0.2, "cnn": 0.2},
     "pruned_lr": {"mlp": 0.8, "cnn": 0.5},
+    "block_lr": {"mlp": 0.2, "cnn": 0.2},
 }
 
 
@@ -128,7 +130,6 @@ def _sides(
     With `only`, the sparse networks of these names and no others.
     """
     options.steps = options.epochs * (len(train) // options.batch)
-    pruned = argparse.Namespace(**{**vars(options), "lr": options.pruned_lr})
     model = fresh(network, options.width, seed)
     scoring = torch.Generator().manual_seed(1000 + seed)  # not the order of the training
     batch = next(iter(train.batches(options.batch, scoring)))
@@ -137,6 +138,8 @@ def _sides(
     if only is None:
         sides["dense"], forms = dense_side(model, options, batch)
     for pattern in options.patterns:
+        rate = options.pruned_lr if pattern == "unstructured" else options.block_lr
+        pruned = argparse.Namespace(**{**vars(options), "lr": rate})
         for sparsity in options.sparsities:
             name = f"{pattern} {sparsity:g}"
             if only is None and name in options.masked:
