@@ -10,6 +10,7 @@ from fuse_common import ConvNet, forced, fused, prepared
 from torch import nn
 
 import sparsekern as sk
+from sparsekern import norm
 from sparsekern.fuse import FusedActivation, kind_of_activation
 
 
@@ -39,7 +40,8 @@ def test_exact_and_reported(dtype):
     assert "1 activations fused: relu" in text and "outputs of the whole model within" in text
 
 
-def test_off_and_training_mode_leave_modules_alone():
+def test_off_and_training_mode_leave_modules_alone(monkeypatch):
+    monkeypatch.setattr(norm, "_gain", lambda *_: 0.5)  # what gains is in test_train_fused.py
     x = torch.randn(2, 3, 9, 9)
     for options, train in (({"fuse": False}, False), ({"mode": "training"}, False), ({}, True)):
         model = prepared(ConvNet()).train(train)
