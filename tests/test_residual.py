@@ -244,3 +244,14 @@ def test_layer_with_a_residual(pattern):
     torch.testing.assert_close(got, (plain(x) + more > 0).float())
     with pytest.raises(RuntimeError, match=r"conv2d: expected residual"):
         layer(x, more[:, :3])
+
+
+def test_a_gpu_adds_the_residual_to_what_its_convolution_gives(monkeypatch):
+    from sparsekern.ops import csr_conv_cuda
+
+    monkeypatch.setattr(csr_conv_cuda, "_conv", lambda *args: (args[12:], torch.ones(2)))
+    assert csr_conv_cuda._conv_residual(*range(12), "relu6")[0] == ("relu6",)
+    assert csr_conv_cuda._conv_residual(*range(12))[0] == ("none",)
+    monkeypatch.setattr(csr_conv_cuda, "_conv", lambda *args: torch.ones(2))
+    y = csr_conv_cuda._conv_residual(*range(12), "relu", torch.tensor([1.0, -3.0]))
+    assert y.tolist() == [2.0, 0.0]
