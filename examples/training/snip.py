@@ -41,7 +41,7 @@ DEFAULTS = {
     "train": {"mlp": 30720, "cnn": 10240},
     "epochs": {"mlp": 5, "cnn": 2},
     "longer": {"mlp": (7, 10), "cnn": (3, 4)},
-    "lr": {"mlp": 0.2, "cnn": 0.2},
+    "lr": {"mlp": 0.2, "cnn": 0.5},
     "pruned_lr": {"mlp": 0.8, "cnn": 0.5},
     "block_lr": {"mlp": 0.2, "cnn": 0.2},
 }
