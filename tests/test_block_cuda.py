@@ -67,7 +67,7 @@ def test_dense_conv(name):
         arguments = list(sample.build(torch.float64))
         run, reference = {
             "block_conv2d": (conv_cuda._block_conv, block_conv._conv_reference),
-            "csr_conv2d": (csr_conv_cuda._conv, conv._conv_reference),
+            "csr_conv2d": (csr_conv_cuda._conv_residual, conv._conv_reference),
             "nm_conv2d": (nm_conv_cuda._conv, nm_conv._conv_reference),
         }[name]
         want, plan = reference(*arguments), 4 if name == "nm_conv2d" else 5

@@ -203,7 +203,7 @@ def test_weights_and_tokens_of_8_bits(kind, tokens, monkeypatch):
         torch.testing.assert_close(y.double(), want, rtol=0.02, atol=0.02)
     assert taken == ["cusparselt", "dense"] * 2
     (packed,) = nm_cuda.recall(plan).packed.values()
-    assert packed.bytes.numel() == 64 * 96  # of the stand-in: the dense bytes
+    assert packed.tensors[0].numel() == 64 * 96  # of the stand-in: the dense bytes
 
 
 def test_float32_takes_1_of_2_where_tf32_is_allowed(only, monkeypatch):
