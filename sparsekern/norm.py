@@ -30,11 +30,8 @@ class ContiguousBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """As nn.BatchNorm2d and the activation, for x `(n, c, h, w)`."""
         batch = self.training or self.running_mean is None
-        if (
-            not batch
-            or x.dtype != self.weight.dtype
-            or x.dtype not in (torch.float32, torch.float64)
-        ):
+        known = x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64)
+        if not batch or not known or x.numel() <= x.shape[1]:  # torch refuses single values
             return activate(super().forward(x), self.activation, "batch_norm")
         y, mean, var = batch_norm(x, self.weight, self.bias, self.eps, self.activation)
         if self.training and self.track_running_stats:

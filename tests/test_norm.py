@@ -162,6 +162,12 @@ def test_other_dtypes_go_to_torch():
     assert torch.equal(twin(x), plain(x).relu())
 
 
+def test_single_values_are_refused_as_by_torch():
+    _, twin = pair()
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        twin.train()(torch.randn(1, 3, 1, 1))
+
+
 def test_compiles_in_one_graph():
     _, twin = pair()
     twin.activation = "relu"
