@@ -63,7 +63,8 @@ def half(tmp_path_factory):
     emulated = ["-DSPARSEKERN_EMULATED", f"-I{STUBS}", "-O1", build.KERNEL_OPS]
     emulated += [f for kernel in build.KERNELS for f in ("-x", "c++", kernel)]
     run("g++", *flags, *build.CUDA_SOURCES, *emulated, *libraries, "-o", target, cwd=ROOT)
-    for name, soname in (("cusparse", "libcusparse.so.12"), ("cusparselt", "libcusparseLt.so.0")):
+    for name, library in (("cusparse", "libcusparse"), ("cusparselt", "libcusparseLt")):
+        soname = f"{library}_stand_in.so"
         linking = ["-fvisibility=default", f"-Wl,-soname,{soname}", "-o", str(out / soname)]
         run("g++", *flags, str(STUBS / f"{name}.cpp"), *linking)
     return out

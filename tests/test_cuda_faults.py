@@ -9,7 +9,15 @@ import torch
 
 import sparsekern as sk
 from sparsekern import _load
-from sparsekern.ops import cslt, csr_cuda, cuda_libraries, cuda_support, nm_cuda, own_cuda
+from sparsekern.ops import (
+    cslt,
+    csr_cuda,
+    cuda_libraries,
+    cuda_support,
+    nm_cuda,
+    own_check,
+    own_cuda,
+)
 from sparsekern.ops._library import _stating
 from sparsekern.ops.cuda_libraries import CUSPARSE, CUSPARSELT
 from sparsekern.ops.cuda_support import Device
@@ -59,10 +67,12 @@ def test_ops_state_that_kernels_are_missing(op, monkeypatch):
         "nm_linear": (nm_cuda, lambda x: nm_cuda._own_ways(x, None, CROW_COL[0], *NONE, 2, 4, "")),
         "csr_linear": (csr_cuda, lambda x: csr_cuda._own_ways(x, None, *CROW_COL, *NONE, "")),
     }[op]
-    monkeypatch.setattr(module, "device_facts", lambda index: H200)
+    for where in (module, own_check):
+        monkeypatch.setattr(where, "device_facts", lambda index: H200)
+    monkeypatch.setattr(own_cuda, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(_load, "cuda_half", built("nvcc failed"))
     cuda_support._STATED.clear()
-    with pytest.warns(RuntimeWarning, match=f"{op} goes without our CUDA kernels?: expected CUDA"):
+    with pytest.warns(RuntimeWarning, match=f"{op} goes without our CUDA kernels: expected CUDA"):
         assert not ask(torch.zeros(3, 16).bfloat16())
 
 

@@ -18,7 +18,8 @@ ONE = Geometry((1, 1), (1, 1), (0, 0), (1, 1), 1)
 def conv(dtype, block, geometry, cap=90, pixels=25_088, split=1, channels=256, turned=False):
     """`conv_kernel` as a launch would compile it; `turned` for the gradient of the input."""
     itemsize = 4 if dtype == "fp32" else 2
-    config = replace(table_config(itemsize, pixels, *block), split=split)
+    config = conv_triton.tile_of_pixels(table_config(itemsize, pixels, *block))
+    config = replace(config, split=split)
     types = dict.fromkeys(("x", "values"), f"*{dtype}")
     types |= dict.fromkeys(("crow", "col", "order"), "*i32")
     types["y"] = f"*{dtype}" if split == 1 else "*fp32"

@@ -176,7 +176,7 @@ nm_decode_kernel(Nm a) {
   if (a.cluster > 1) cluster_barrier();
   else barrier();
   reduce<T, kTiles>(a);
-  if (a.cluster > 1) cluster_leave();  // nobody leaves while others read its sums
+  if (a.cluster > 1) cluster_barrier();  // nobody leaves while others read its sums
 }
 
 template <class T, int kTiles>

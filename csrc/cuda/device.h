@@ -47,14 +47,6 @@ SPARSEKERN_DEVICE void cluster_barrier() {
                    : "memory");
 #endif
 }
-// The same where nothing that was written before is read after: it need not wait for stores.
-SPARSEKERN_DEVICE void cluster_leave() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::
-                   : "memory");
-#endif
-}
-
 // Read once: kept out of L1, where it would only push out what is read again.
 SPARSEKERN_DEVICE Words load_stream(const void* p) {
   Words r;

@@ -9,6 +9,13 @@
 
 namespace sparsekern {
 
+// The tests' stand-ins have names of their own: a CUDA torch has loaded the libraries already.
+#ifdef SPARSEKERN_EMULATED
+constexpr auto kCusparse = "libcusparse_stand_in.so", kCusparseLt = "libcusparseLt_stand_in.so";
+#else
+constexpr auto kCusparse = "libcusparse.so.12", kCusparseLt = "libcusparseLt.so.0";
+#endif
+
 SharedLibrary::SharedLibrary(const char* soname)
     : name_(soname), handle_(dlopen(soname, RTLD_NOW | RTLD_LOCAL)) {
   if (!handle_) error_ = dlerror();
@@ -23,7 +30,7 @@ void* SharedLibrary::symbol(const char* name) const {
 
 const Cusparse& cusparse() {
   static const Cusparse functions = [] {
-    const SharedLibrary library("libcusparse.so.12");
+    const SharedLibrary library(kCusparse);
     Cusparse table;
     SPARSEKERN_CUSPARSE(SPARSEKERN_LOOK_UP)
     return table;
@@ -33,7 +40,7 @@ const Cusparse& cusparse() {
 
 const CusparseLt& cusparselt() {
   static const CusparseLt functions = [] {
-    const SharedLibrary library("libcusparseLt.so.0");
+    const SharedLibrary library(kCusparseLt);
     CusparseLt table;
     SPARSEKERN_CUSPARSELT(SPARSEKERN_LOOK_UP)
     return table;

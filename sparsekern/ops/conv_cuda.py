@@ -30,7 +30,11 @@ from .block_cuda import (
 from .block_tuning import candidates, precision, worth_timing
 from .conv import dense_grad_input, output_size
 from .cuda_choice import run_fastest, shape_key, token_bucket
-from .cuda_support import check, check_bias, check_operand, finish
+from .cuda_support import check, check_bias, check_operand, finish, state_once
+
+# The kernel counts from the first image of a tile in 32 bits; a tile may begin in one image and
+# end in the next.
+MOST_OUTPUTS = 2**29
 
 
 def empty_output(op, x, outputs, kernel_size, stride, padding, dilation, groups):
@@ -79,8 +83,14 @@ def _block_ways(op, x, values, index, bias, y, geometry, activation, source=None
     block = tuple(values.shape[1:]) if index[2] is None else tuple(values.shape[:0:-1])
     if not takes_kernel(op, values, block[0]) or 0 in (y.numel(), values.numel(), x.numel()):
         return {}
+    if y[0].numel() >= MOST_OUTPUTS:
+        state_once(
+            f"{op} is computed with the dense weight: expected fewer than {MOST_OUTPUTS} outputs of "
+            f"an image, got {y[0].numel()}"
+        )
+        return {}
     from .block_triton import Index
-    from .conv_triton import Geometry, block_conv
+    from .conv_triton import Geometry, block_conv, tile_of_pixels
 
     pixels = token_bucket(y.numel() // y.shape[1])  # which are the tokens
     geometry = Geometry(*geometry)
@@ -90,9 +100,10 @@ def _block_ways(op, x, values, index, bias, y, geometry, activation, source=None
         arguments = (values.contiguous(), Index(*index), bias, y, geometry, activation, config)
         return block_conv(last, *arguments)
 
-    found = candidates(x.device, x.element_size(), pixels, block)
-    found = worth_timing(found, pixels, values.numel()).items()
-    return {name: partial(run, config) for name, config in found if not config.persistent}
+    found = candidates(x.device, x.element_size(), pixels, block).values()
+    found = {str(c): c for c in map(tile_of_pixels, found) if not (c.persistent or c.tma)}
+    found = worth_timing(found, pixels, values.numel())
+    return {name: partial(run, config) for name, config in found.items()}
 
 
 def _block_conv_grad_input(

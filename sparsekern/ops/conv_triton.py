@@ -117,9 +117,12 @@ def conv_kernel(
     if HAS_BIAS:
         total += tl.load(bias + output, mask=inside, other=0.0).to(tl.float32)[None, :]
     total = tl.trans(activate(total, ACTIVATION))  # pixels lie next to each other in y
-    images = pixels // (out_height * out_width)
-    first_output = ((part % SPLIT).to(tl.int64) * images + image) * (GROUPS * outputs)
-    y_tile = y + (first_output[None, :] + output[:, None]) * (out_height * out_width) + at[None, :]
+    # Counted from the tile's first image in 32 bits, which takes half the registers of pointers.
+    plane = out_height * out_width
+    first_image = tl.minimum((tile % pixel_tiles) * BLOCK_T, pixels - 1) // plane
+    ahead = (part % SPLIT).to(tl.int64) * (pixels // plane) + first_image
+    offset = (image - first_image) * (GROUPS * outputs * plane) + at
+    y_tile = y + ahead * (GROUPS * outputs * plane) + (output * plane)[:, None] + offset[None, :]
     mask = inside[:, None] & (pixel < pixels)[None, :]
     tl.store(y_tile, total.to(y.dtype.element_ty), mask=mask)
 
@@ -254,6 +257,14 @@ def block_conv(x, values, index: Index, bias, y, geometry, activation: str, conf
     if split > 1:
         reduce_parts(to, y, bias, activation, out_height * out_width)
     return y
+
+
+def tile_of_pixels(config: SpmmConfig) -> SpmmConfig:
+    """A config of the matrix kernel with room for the place of every pixel: at most 128 of them.
+
+    Sums and places of 256 x 64 do not fit into the registers with Triton 3.6.
+    """
+    return replace(config, tokens=min(config.tokens, 128))
 
 
 def with_places(config: GradConfig) -> GradConfig:

@@ -171,16 +171,10 @@ def _linear_ways(x, values, crow, col, bias, plan, activation) -> dict:
 
 
 def _own_ways(x, values, crow, col, bias, plan, activation) -> dict:
-    """Those of our CUDA kernels; states once when the device or build has none."""
+    """Those of our CUDA kernels."""
     rows = crow.numel() - 1
     names = own_cuda.csr_ways(x, rows, col.numel()) if own_cuda.takes(x, rows) else []
-    if not names:
-        return {}
-    device = _facts(x)
-    fault = own_cuda.kernel_fault(device) or own_check.check_fault(x, device.capability)
-    if fault:
-        state_once(f"csr_linear goes without our CUDA kernels: {fault}")
-        return {}
+    names = own_check.sound("csr_linear", names, x) if names else []
 
     def way(name, held):
         arguments = (name, x, values, crow, col, bias, activation, held)

@@ -133,14 +133,13 @@ def _linear_ways(x, values, index, bias, plan, n, m, activation) -> dict:
 
 
 def _own_ways(x, values, index, bias, plan, n, m, activation) -> dict:
-    """Those of our CUDA kernel; states once when the device or build has none."""
+    """Those of our CUDA kernel."""
     rows = index.shape[0]
     if (n, m) != (2, 4) or not own_cuda.takes(x, rows):
         return {}
-    device = device_facts(x.device.index)
-    fault = own_cuda.kernel_fault(device) or own_check.check_fault(x, device.capability)
-    if fault:
-        state_once(f"nm_linear goes without our CUDA kernel: {fault}")
+    ways = own_cuda.nm_ways(x, rows, device_facts(x.device.index).capability)
+    names = own_check.sound("nm_linear", ways, x)
+    if not names:
         return {}
     held = packed_record(plan, values, ("own", x.dtype))
     if held is None:
@@ -150,8 +149,7 @@ def _own_ways(x, values, index, bias, plan, n, m, activation) -> dict:
     def way(cluster):
         return PackedWay(lambda: own_cuda.nm_linear(*arguments, cluster), held)
 
-    names = own_cuda.nm_ways(x, rows, device.capability)
-    return {name: way(cluster) for name, cluster in names.items()}
+    return {name: way(ways[name]) for name in names}
 
 
 def _library_place(plan, values, x, rows, cols, n, m, kind: str = "forward"):

@@ -22,6 +22,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 GATHER_DENSITY = (0.0, 0.5)
 REST_DENSITY = (0.15, 0.7)
 MAX_SIZE = 1 << 24
+CLUSTERS = (9, 0)  # the first compute capability that has them
 MAX_CLUSTER = 8  # blocks, on every device that has clusters
 MAX_CHANGES = 16  # to sort the lists takes longer than some dense products
 _OPS = torch.ops.sparsekern
@@ -64,13 +65,18 @@ def nm_ways(x: Tensor, rows: int, capability: tuple[int, int]) -> dict[str, bool
     """
     ways = {"mma.sp": False}
     split = nm_split(x.shape[0], rows, x.shape[1], multiprocessors(x.device))
-    if capability >= (9, 0) and 1 < split <= MAX_CLUSTER:
+    if capability >= CLUSTERS and 1 < split <= MAX_CLUSTER:
         ways["mma.sp cluster"] = True
     return ways
 
 
-def nm_linear(x: Tensor, values, index, bias, activation: str, held: Packed, cluster: bool):
-    """act(x W^T + b) for x `(tokens, in)` and a 2:4 weight; `(tokens, out)`."""
+def nm_linear(
+    x: Tensor, values, index, bias, activation: str, held: Packed, cluster: bool, split: int = 0
+):
+    """act(x W^T + b) for x `(tokens, in)` and a 2:4 weight; `(tokens, out)`.
+
+    `split` is the number of parts of each sum; 0 for as many as fill the device.
+    """
     cols = x.shape[1]
 
     def pack(old):
@@ -78,7 +84,7 @@ def nm_linear(x: Tensor, values, index, bias, activation: str, held: Packed, clu
 
     (packed,) = packed_weight(held, values, pack)
     rows = index.shape[0]
-    split = nm_split(x.shape[0], rows, cols, multiprocessors(x.device))
+    split = split or nm_split(x.shape[0], rows, cols, multiprocessors(x.device))
     bias = aligned(bias) if bias is not None else None
     code = ACTIVATIONS.index(activation)
     return _OPS._own_nm_decode(_padded(x), packed, bias, rows, code, split, cluster)

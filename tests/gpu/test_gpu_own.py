@@ -41,7 +41,7 @@ def csr_problem(tokens, rows, cols, sparsity, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_check_at_first_use_finds_nothing(dtype):
-    assert own_check.check_fault(torch.zeros(1, device="cuda", dtype=dtype), CAPABILITY) == ""
+    assert own_check.faults(torch.zeros(1, device="cuda", dtype=dtype), CAPABILITY) == {}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -19,13 +19,16 @@ collect_ignore_glob = [] if STUBS else ["test_*.py"]
 
 if STUBS:
     # The stream of a CUDA torch is in the first, for all to see.
-    SPARSE = ctypes.CDLL(f"{STUBS}/libcusparse.so.12", mode=ctypes.RTLD_GLOBAL)
-    LT = ctypes.CDLL(f"{STUBS}/libcusparseLt.so.0", mode=ctypes.RTLD_GLOBAL)
+    NAMES = "libcusparse_stand_in.so", "libcusparseLt_stand_in.so"
+    SPARSE, LT = (ctypes.CDLL(f"{STUBS}/{name}", mode=ctypes.RTLD_GLOBAL) for name in NAMES)
     SPARSE.stub_count.restype = LT.stub_lt_count.restype = ctypes.c_int64
 
     from sparsekern import _load
     from sparsekern.ops import cslt, csr_cuda, cuda_choice, cuda_support, nm_cuda, own_check
+    from sparsekern.ops.cuda_libraries import CUSPARSE, CUSPARSELT
 
+    for library, name in zip((CUSPARSE, CUSPARSELT), NAMES):
+        object.__setattr__(library, "soname", name)
     spec = importlib.util.spec_from_file_location("sparsekern._C_cuda", f"{STUBS}/_C_cuda.abi3.so")
     sys.modules["sparsekern._C_cuda"] = importlib.util.module_from_spec(spec)
     _load.cuda_half.cache_clear()
@@ -68,6 +71,7 @@ def device(monkeypatch, streams):
     for module in (csr_cuda, nm_cuda):
         monkeypatch.setattr(module, "device_facts", lambda index: facts)
         monkeypatch.setattr(module, "triton_fault", lambda name: "expected Triton, got none")
+    monkeypatch.setattr(own_check, "device_facts", lambda index: facts)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(cslt, "float16_fault", lambda index: "")

@@ -228,9 +228,11 @@ def test_a_kernel_that_is_wrong_is_left_out(wrong, monkeypatch):
         fake._own_csr_decode = lambda x, *rest: right(x, *rest) * (1.1 if x.shape[0] > 1 else 1)
         monkeypatch.setattr(own_cuda, "_OPS", fake)
     ways = nm_cuda._linear_ways(x, values, index, bias, plan, 2, 4, "none")
-    assert ("mma.sp" in ways) != wrong
-    (said,) = own_check._FOUND.values()
-    assert said.startswith("expected gather to be right for 9 tokens, got an error of 0.") == wrong
+    assert "mma.sp" in ways  # one that is wrong takes no other along
+    (found,) = own_check._FOUND.values()
+    said = "expected a right product for 9 tokens, got an error of 0."
+    assert list(found) == (["gather", "2:4 + rest"] if wrong else [])
+    assert all(reason.startswith(said) for reason in found.values())
 
 
 def test_a_check_that_fails_says_so(monkeypatch):
@@ -238,10 +240,12 @@ def test_a_check_that_fails_says_so(monkeypatch):
     monkeypatch.setattr(own_cuda, "nm_split", lambda *sizes: 65)
     x = torch.zeros(1, 8).bfloat16()
     said = "_own_nm_decode: expected split in 1 to 64, got 65"
-    assert own_check.check_fault(x, (9, 0)) == said
+    assert own_check.faults(x, (8, 0))["mma.sp"] == said
+    with pytest.warns(RuntimeWarning, match=f"nm_linear goes without mma.sp: {said}"):
+        assert own_check.sound("nm_linear", ["mma.sp"], x) == []
     monkeypatch.setattr(own_check, "capturing", lambda like: True)
     said = "expected one product before the capture, got none"
-    assert own_check.check_fault(x.half(), (9, 0)) == said
+    assert own_check.faults(x.half(), (9, 0))["gather"] == said
 
 
 def test_what_loses_gives_its_memory_back(monkeypatch):

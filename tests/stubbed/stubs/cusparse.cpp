@@ -1,4 +1,4 @@
-// libcusparse.so.12 of the tests; see stub.h.
+// libcusparse of the tests; see stub.h.
 #include "stub.h"
 
 #include <map>

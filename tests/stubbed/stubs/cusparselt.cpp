@@ -1,4 +1,4 @@
-// libcusparseLt.so.0 of the tests; see stub.h. "Packed" is the dense weight as it is.
+// libcusparseLt of the tests; see stub.h. "Packed" is the dense weight as it is.
 #include "stub.h"
 
 #include <cusparseLt.h>

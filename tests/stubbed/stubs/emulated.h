@@ -140,9 +140,6 @@ inline void cluster_barrier() {
   Emulator& e = emulator();
   together(e.cluster, static_cast<int>(e.fibers.size()), "barrier of a cluster", [] {});
 }
-inline void cluster_leave() {
-  cluster_barrier();
-}
 inline float load_remote(const float* mine, int rank) {
   Emulator& e = emulator();
   expect(rank < static_cast<int>(e.blocks.size()), "no such block in the cluster");
