@@ -65,7 +65,7 @@ def test_missing_kernels_say_why(monkeypatch):
 def test_ops_state_that_kernels_are_missing(op, monkeypatch):
     module, ask = {
         "nm_linear": (nm_cuda, lambda x: nm_cuda._own_ways(x, None, CROW_COL[0], *NONE, 2, 4, "")),
-        "csr_linear": (csr_cuda, lambda x: csr_cuda._own_ways(x, None, *CROW_COL, *NONE, "")),
+        "csr_linear": (csr_cuda, lambda x: csr_cuda._own_ways(x, None, *CROW_COL, None, "")),
     }[op]
     for where in (module, own_check):
         monkeypatch.setattr(where, "device_facts", lambda index: H200)

@@ -149,7 +149,7 @@ def torch_bsr(p: Problem) -> Built:
     if not p.pattern.startswith("block:"):
         raise TypeError("blocks only")
     block = tuple(int(n) for n in p.pattern.split(":")[1].split("x"))
-    bias = p.bias.unsqueeze(1)
+    bias = p.bias.unsqueeze(1).expand(-1, len(p.x))  # it adds whole tiles
 
     def build() -> Call:
         weight = p.weight.to_sparse_bsr(block)
@@ -162,7 +162,7 @@ def torch_csr(p: Problem) -> Built:
     """torch.sparse: cuSPARSE as torch calls it."""
     if p.pattern != "unstructured":
         raise TypeError("unstructured only")
-    bias = p.bias.unsqueeze(1)
+    bias = p.bias.unsqueeze(1).expand(-1, len(p.x))  # it adds whole tiles
 
     def build() -> Call:
         weight = p.weight.to_sparse_csr()

@@ -21,6 +21,7 @@ from . import block
 from ._library import CUDA, check_activation, check_indices
 from .block_tuning import candidates, chunk_blocks, precision, worth_timing
 from .cuda_choice import run_fastest, shape_key, token_bucket
+from .cuda_quick import call_key, keep_call, quick_call
 from .cuda_support import (
     aligned,
     check,
@@ -169,13 +170,19 @@ def product_ways(op, x, values, index, bias, outer, activation) -> dict:
         return {}
     from .block_triton import Index, spmm
 
-    index, values = Index(crow, col, slot, order), values.contiguous()
+    rows = order.numel()
     bucket = token_bucket(x.shape[0])
     configs = candidates(x.device, x.element_size(), bucket, block_size, x.shape[1])
-    return {
-        name: partial(spmm, x, values, index, bias, outer, activation, config)
-        for name, config in worth_timing(configs, len(x), values.numel()).items()
-    }
+
+    def way(config):
+        def run(x, values, bias, plan):
+            index = Index(crow, col, slot, plan.narrow(0, 0, rows))
+            return spmm(x, values.contiguous(), index, bias, outer, activation, config)
+
+        return partial(run, x, values, bias, order)
+
+    configs = worth_timing(configs, len(x), values.numel())
+    return {name: way(config) for name, config in configs.items()}
 
 
 def choice_key(op: str, x, values, rows: int, cols: int, tokens: int) -> tuple:
@@ -185,6 +192,10 @@ def choice_key(op: str, x, values, rows: int, cols: int, tokens: int) -> tuple:
 
 
 def _linear(x, values, crow, col, bias, plan, plan_t, out_features, activation="none"):
+    call = call_key(x, values, bias, crow, col, out_features, activation)
+    y = quick_call(plan, call, x, values, bias)
+    if y is not None:
+        return y
     op, rows = block.LINEAR, out_features
     check(x.dim() >= 1, op, "x of shape (..., in_features)", "a scalar")
     cols = x.shape[-1]
@@ -195,14 +206,18 @@ def _linear(x, values, crow, col, bias, plan, plan_t, out_features, activation="
     order, row, _ = forward_parts(op, plan, crow, col, cols, values.shape[2])
     flat = aligned(x.reshape(-1, cols))
 
-    def dense():
+    def dense(x, values, bias, plan):
+        row = plan.narrow(0, crow.numel() - 1, col.numel())
         weight = dense_weight(values, row, col, rows, cols).squeeze(2)
-        return finish(torch.nn.functional.linear(flat, weight, bias), None, activation, op)
+        return finish(torch.nn.functional.linear(x, weight, bias), None, activation, op)
 
     with torch.cuda.device_of(x):
         ways = product_ways(op, flat, values, (crow, col, None, order), bias, rows, activation)
+        whole = plan if plan is not None and plan.numel() else torch.cat((order, row))
+        ways["dense"] = partial(dense, flat, values, bias, whole)
         key = choice_key(op, x, values, rows, cols, len(flat))
-        y = run_fastest(key, {**ways, "dense": dense}, x)
+        y = run_fastest(key, ways, x)
+        keep_call(plan, call, key, ways)
     return y.view(*x.shape[:-1], rows)
 
 

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .block_tuning import GradConfig, SpmmConfig, grad_config, precision, with_split
+from .cuda_support import ceil_div, power_of_two
 from .decode_triton import INTERPRET, activate, multiprocessors
 
 
@@ -220,11 +221,6 @@ def reduce_kernel(
     tl.store(y + at, total.to(y.dtype.element_ty), mask=inside)
 
 
-def padded(size: int) -> int:
-    """The power of two that holds a side of a block."""
-    return triton.next_power_of_2(size)
-
-
 def upcast(dtype: torch.dtype) -> bool:
     """Whether operands must be converted first: the interpreter holds bfloat16 as integers."""
     return INTERPRET and dtype == torch.bfloat16
@@ -233,7 +229,7 @@ def upcast(dtype: torch.dtype) -> bool:
 def reduce_parts(parts, y, bias, activation, inner: int = 1) -> None:
     """Y = act(sum of parts (split, ...) + bias), where y is (..., outer, inner) in memory."""
     count, block, outer = y.numel(), 1024, 1 if bias is None else bias.numel()
-    reduce_kernel[(triton.cdiv(count, block),)](
+    reduce_kernel[(ceil_div(count, block),)](
         parts, bias, y, count, outer, inner,
         SPLIT=parts.shape[0], HAS_BIAS=bias is not None, ACTIVATION=activation, BLOCK=block,
     )  # fmt: skip
@@ -262,7 +258,7 @@ def spmm(x, values, index: Index, bias, outer: int, activation: str, config: Spm
     config = with_split(config, tokens, values.shape[0], rows, (height, depth), processors)
     split = config.split
     to = x.new_empty(split, tokens, outer, dtype=torch.float32) if split > 1 else y
-    tiles = triton.cdiv(tokens, config.tokens) * rows * triton.cdiv(height, config.height) * split
+    tiles = ceil_div(tokens, config.tokens) * rows * ceil_div(height, config.height) * split
     waves = config.persistent * processors
     operands = _descriptors(x, values, config, transposed) if config.tma else (x, values)
     now = (bias, activation) if split == 1 else (None, "none")  # else when the parts are summed
@@ -287,7 +283,7 @@ def spmm_constants(config: SpmmConfig, height, depth, transposed, ragged, dtype)
         "BLOCK_T": config.tokens,
         "BLOCK_N": config.height,
         "BLOCK_K": config.depth,
-        "PADDED": padded(depth),
+        "PADDED": power_of_two(depth),
         "SPLIT": config.split,
         "RAGGED": ragged,
         "HAS_SLOT": transposed,
@@ -322,8 +318,8 @@ def sddmm(grad, x, index, block, config: GradConfig | None = None):
     config = config or grad_config(x, chunks.numel(), block, multiprocessors(x.device))
     split = config.split
     to = x.new_empty(split, *out.shape, dtype=torch.float32) if split > 1 else out
-    row_parts = triton.cdiv(height, config.rows)
-    sddmm_kernel[(chunks.numel(), split * row_parts, triton.cdiv(width, config.cols))](
+    row_parts = ceil_div(height, config.rows)
+    sddmm_kernel[(chunks.numel(), split * row_parts, ceil_div(width, config.cols))](
         grad, x, crow, col, row_of, chunks, to, tokens, inner, outer, out.numel(),
         grad.stride(0), x.stride(0),
         **sddmm_constants(config, height, width, (outer, inner), x.dtype),
@@ -339,7 +335,7 @@ def sddmm_constants(config: GradConfig, height: int, width: int, shape, dtype) -
     return {
         "HEIGHT": height,
         "WIDTH": width,
-        "PADDED": padded(width),
+        "PADDED": power_of_two(width),
         "BLOCK_R": config.rows,
         "BLOCK_C": config.cols,
         "BLOCK_T": config.tokens,

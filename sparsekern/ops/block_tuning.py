@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .cuda_support import power_of_two
+
 WORTH_TIMING = 2**26  # multiplications, about 1 us of the tensor cores of an H200 in 16 bits
 CHUNK_COLUMNS = 128  # columns of x that a program of the weight gradient takes at least
 
@@ -87,20 +89,16 @@ def precision(dtype: torch.dtype) -> str:
 
 def chunk_blocks(width: int) -> int:
     """Blocks in a chunk of the weight gradient, for blocks of `width` inputs."""
-    return max(1, CHUNK_COLUMNS // _power(width))
-
-
-def _power(size: int) -> int:
-    return 1 << max(0, size - 1).bit_length()
+    return max(1, CHUNK_COLUMNS // power_of_two(width))
 
 
 def _fit(config: SpmmConfig, tokens: int, height: int, depth: int) -> SpmmConfig:
     """Cut a config to few tokens and to a block; a step takes several blocks of 32 or less."""
     return replace(
         config,
-        tokens=max(16, min(config.tokens, _power(tokens))),
-        height=max(16, min(config.height, _power(height))),
-        depth=config.depth if depth <= 32 else min(config.depth, _power(depth)),
+        tokens=max(16, min(config.tokens, power_of_two(tokens))),
+        height=max(16, min(config.height, power_of_two(height))),
+        depth=config.depth if depth <= 32 else min(config.depth, power_of_two(depth)),
     )
 
 
@@ -117,6 +115,7 @@ def default_config(itemsize: int, tokens: int, height: int, depth: int) -> SpmmC
     return _fit(SpmmConfig(64, 64, 128 // itemsize), tokens, height, depth)
 
 
+@functools.lru_cache(maxsize=1024)
 def with_split(config: SpmmConfig, tokens: int, n_blocks: int, rows: int, block, processors: int):
     """The config with the parts of a row settled, for `n_blocks` blocks (outputs, inputs).
 
@@ -125,7 +124,7 @@ def with_split(config: SpmmConfig, tokens: int, n_blocks: int, rows: int, block,
     if config.split:
         return config
     tiles = -(-tokens // config.tokens) * rows * -(-block[0] // config.height)
-    steps = n_blocks * _power(block[1]) // (max(1, rows) * config.depth)
+    steps = n_blocks * power_of_two(block[1]) // (max(1, rows) * config.depth)
     split = 1
     while tiles * split < processors and split < 16 and steps >= 8 * split:
         split *= 2
@@ -138,7 +137,7 @@ def grad_config(x, chunks: int, block, processors: int, tokens: int = 0) -> Grad
     `tokens` is what is summed over, by default the rows of x.
     """
     tokens = tokens or x.shape[0]
-    rows = max(16, min(128, _power(block[0])))
+    rows = max(16, min(128, power_of_two(block[0])))
     step = 128 // x.element_size()
     programs = chunks * -(-block[0] // rows) * -(-block[1] // CHUNK_COLUMNS)
     split = 1
@@ -186,7 +185,7 @@ def candidates(
 
 def _fits_copy_engine(config: SpmmConfig, block, inner: int, itemsize: int) -> bool:
     """Whole blocks only, each side a power of two, and rows at multiples of 16 bytes."""
-    whole = inner and inner % block[1] == 0 and all(side == _power(side) for side in block)
+    whole = inner and inner % block[1] == 0 and all(side == power_of_two(side) for side in block)
     wide = min(block[1], config.depth, config.height, block[0]) * itemsize >= 16
     return whole and wide and config.depth <= block[1]
 

@@ -84,10 +84,8 @@ def _block_ways(op, x, values, index, bias, y, geometry, activation, source=None
     if not takes_kernel(op, values, block[0]) or 0 in (y.numel(), values.numel(), x.numel()):
         return {}
     if y[0].numel() >= MOST_OUTPUTS:
-        state_once(
-            f"{op} is computed with the dense weight: expected fewer than {MOST_OUTPUTS} outputs of "
-            f"an image, got {y[0].numel()}"
-        )
+        wanted = f"expected fewer than {MOST_OUTPUTS} outputs of an image, got {y[0].numel()}"
+        state_once(f"{op} is computed with the dense weight: {wanted}")
         return {}
     from .block_triton import Index
     from .conv_triton import Geometry, block_conv, tile_of_pixels

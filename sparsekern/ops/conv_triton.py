@@ -18,12 +18,12 @@ import triton.language as tl
 
 from .block_triton import (
     Index,
-    padded,
     place_of,
     reduce_parts,
     upcast,
 )
 from .block_tuning import GradConfig, SpmmConfig, grad_config, precision, with_split
+from .cuda_support import ceil_div, power_of_two
 from .decode_triton import activate, multiprocessors
 
 
@@ -209,7 +209,7 @@ def conv_constants(
         STRIDE_N=1 if transposed else block[1],
         STRIDE_K=block[0] if transposed else 1,
         HAS_SLOT=transposed,
-        PADDED=padded(block[1]),
+        PADDED=power_of_two(block[1]),
         BLOCK_T=config.tokens,
         BLOCK_N=config.height,
         BLOCK_K=config.depth,
@@ -246,7 +246,7 @@ def block_conv(x, values, index: Index, bias, y, geometry, activation: str, conf
     split = config.split
     to = x.new_empty(split, *y.shape, dtype=torch.float32) if split > 1 else y
     now = (bias, activation) if split == 1 else (None, "none")
-    tiles = triton.cdiv(pixels, config.tokens) * rows * triton.cdiv(block[0], config.height)
+    tiles = ceil_div(pixels, config.tokens) * rows * ceil_div(block[0], config.height)
     conv_kernel[(tiles * split,)](
         x, values, *index, now[0], to, pixels, channels, outputs, rows, rows // geometry.groups,
         *x.shape[2:], out_height, out_width,
@@ -278,7 +278,7 @@ def sddmm_constants(config: GradConfig, block, geometry: Geometry, dtype) -> dic
         geometry_constants(geometry),
         HEIGHT=block[0],
         WIDTH=block[1],
-        PADDED=padded(block[1]),
+        PADDED=power_of_two(block[1]),
         BLOCK_R=config.rows,
         BLOCK_C=config.cols,
         BLOCK_T=config.tokens,
@@ -305,8 +305,8 @@ def block_conv_sddmm(grad, x, index, block, geometry: Geometry, config: GradConf
         config = with_places(config)
     split, groups = config.split, geometry.groups
     to = x.new_empty(split, *out.shape, dtype=torch.float32) if split > 1 else out
-    parts = split * triton.cdiv(block[0], config.rows)
-    sddmm_kernel[(chunks.numel(), parts, triton.cdiv(block[1], config.cols))](
+    parts = split * ceil_div(block[0], config.rows)
+    sddmm_kernel[(chunks.numel(), parts, ceil_div(block[1], config.cols))](
         grad, x, crow, col, row_of, chunks, to, pixels, out.numel(), x.shape[1] // groups,
         outputs // groups, (crow.numel() - 1) // groups, *x.shape[2:], out_height * out_width,
         out_width, **sddmm_constants(config, block, geometry, x.dtype),

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .cuda_support import ceil_div, power_of_two
 from .decode_triton import activate, on_device, sum_type
 
 ITEMS = 8  # stored weights of a step
@@ -94,7 +95,7 @@ def constants(x, kernel_size, stride, dilation, pixels: int) -> dict:
         "STRIDE_W": stride[1],
         "DILATION_H": dilation[0],
         "DILATION_W": dilation[1],
-        "PIXELS": min(128, triton.next_power_of_2(pixels)),
+        "PIXELS": min(128, power_of_two(pixels)),
         "ITEMS": ITEMS,
         "SUM": sum_type(x),
         "num_warps": 1,
@@ -128,7 +129,7 @@ def csr_conv(x, values, index, bias, y, kernel_size, stride, dilation, groups, a
     fixed = constants(x, kernel_size, stride, dilation, sizes[0])
     if y.numel():
         with on_device(x):
-            conv_kernel[(y.shape[1], triton.cdiv(sizes[0], fixed["PIXELS"]))](
+            conv_kernel[(y.shape[1], ceil_div(sizes[0], fixed["PIXELS"]))](
                 x, values, *index, bias, y, *sizes, **fixed,
                 HAS_BIAS=bias is not None, ACTIVATION=activation,
             )  # fmt: skip
@@ -146,7 +147,7 @@ def csr_conv_sddmm(grad, x, index, kernel_size, stride, dilation, groups) -> tor
     if values.numel() and sizes[0]:
         fixed = constants(x, kernel_size, stride, dilation, sizes[0])
         with on_device(x):
-            sddmm_kernel[(triton.cdiv(values.numel(), ITEMS),)](
+            sddmm_kernel[(ceil_div(values.numel(), ITEMS),)](
                 grad, x, row, col, values, values.numel(), *sizes, **fixed
             )
     return values

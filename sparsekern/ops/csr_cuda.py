@@ -8,6 +8,8 @@ hence the transposed index set of the input gradient, with the values gathered t
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from ._library import CUDA, check_activation, check_indices
 from .cuda_choice import run_fastest, shape_key
 from .cuda_libraries import CUSPARSE, find_library
 from .cuda_packed import PackedWay, packed_record
+from .cuda_quick import call_key, keep_call, quick_call
 from .cuda_support import (
     Record,
     aligned,
@@ -101,17 +104,6 @@ def _spmm(record: Record, kind: str, x, values, crow, col, algorithm: int, row_m
     return c.t().contiguous() if row_major else c
 
 
-def _cusparse_ways(record, kind, x, values, crow, col, finish_y) -> dict:
-    def way(algorithm, row_major):
-        def run():
-            return finish_y(_spmm(record, kind, x, values, crow, col, algorithm, row_major))
-
-        return run
-
-    names = algorithms(x.dtype)
-    return {f"cusparse {a}{'r' if r else 'c'}": way(a, r) for a, r in names}
-
-
 def _check_csr(op, x, values, crow, col) -> None:
     check_values(op, values, x)
     check_operand(op, "crow", crow, x, torch.int32)
@@ -121,20 +113,25 @@ def _check_csr(op, x, values, crow, col) -> None:
 
 
 def _linear(x, values, crow, col, bias=None, plan=None, plan_t=None, activation="none"):
+    call = call_key(x, values, bias, crow, col, activation)
+    y = quick_call(plan, call, x, values, bias)
+    if y is not None:
+        return y
     op, rows, cols = "csr_linear", crow.numel() - 1, x.shape[-1]
     _check_csr(op, x, values, crow, col)
     check_activation(op, activation)
     check_bias(op, bias, x, rows)
     with torch.cuda.device_of(x):
-        x2d, values = aligned(x.reshape(-1, cols)), aligned(values)
-        tokens = x2d.shape[0]
-        if tokens == 0 or rows == 0 or col.numel() == 0:
+        flat, values = aligned(x.reshape(-1, cols)), aligned(values)
+        tokens = flat.shape[0]
+        if 0 in (tokens, rows, col.numel()):
             weight = dense_weight(values, crow, col, cols)
-            y = finish(x2d @ weight.t(), bias, activation, op)
+            y = finish(flat @ weight.t(), bias, activation, op)
         else:
             key = shape_key(op, x, rows, cols, col.numel(), tokens)
-            arguments = (x2d, values, crow, col, bias, plan, activation)
-            y = run_fastest(key, _linear_ways(*arguments), x)
+            ways = _linear_ways(flat, values, crow, col, bias, plan, activation)
+            y = run_fastest(key, ways, x)
+            keep_call(plan, call, key, ways)
         return y.view(*x.shape[:-1], rows)
 
 
@@ -142,43 +139,63 @@ def _linear_ways(x, values, crow, col, bias, plan, activation) -> dict:
     """Ways to compute the forward product; `x` is `(tokens, in)`, aligned."""
     op, cols = "csr_linear", x.shape[1]
     library, kernels = _ways_allowed(op, x)
-    ways = {}
+    found = {}
     if plan is not None and _usable(plan, x):
         record, decode_plan = _forward_record(plan, crow, col, cols)
+        made = record.made
         if kernels and decode_plan.numel() > 1 and x.shape[0] <= DECODE_TOKENS:
             from .csr_triton import csr_decode
 
-            arguments = (x, values, crow, col, decode_plan, bias, activation)
-            ways["decode"] = lambda: csr_decode(*arguments)
-        ways |= _own_ways(x, values, crow, col, bias, plan, activation)
+            found["decode"] = lambda x, values, bias, plan: csr_decode(
+                x, values, crow, col, plan if made is None else made, bias, activation
+            )
+        found |= _own_ways(x, values, crow, col, plan, activation)
         if library:
-
-            def end(y):
-                return finish(y, bias, activation, op)
-
-            ways |= _cusparse_ways(record, "forward", x, values, crow, col, end)
+            found |= _cusparse_ways(record, crow, col, x.dtype, activation)
     if kernels:
         from .csr_triton import csr_spmm
 
-        ways["triton"] = lambda: csr_spmm(x, values, crow, col, bias, activation)
+        found["triton"] = lambda x, values, bias, plan: csr_spmm(
+            x, values, crow, col, bias, activation
+        )
 
-    def dense():
+    def dense(x, values, bias, plan):
         weight = dense_weight(values, crow, col, cols)
         return finish(torch.nn.functional.linear(x, weight, bias), None, activation, op)
 
-    ways["dense"] = dense
-    return ways
+    found["dense"] = dense
+    return {name: _bound(way, x, values, bias, plan) for name, way in found.items()}
 
 
-def _own_ways(x, values, crow, col, bias, plan, activation) -> dict:
+def _bound(way, *arguments):
+    """A way as `run_fastest` takes it."""
+    if isinstance(way, PackedWay):
+        return PackedWay(partial(way.run, *arguments), way.held)
+    return partial(way, *arguments)
+
+
+def _cusparse_ways(record, crow, col, dtype, activation) -> dict:
+    def way(algorithm, row_major):
+        def run(x, values, bias, plan):
+            y = _spmm(record, "forward", x, values, crow, col, algorithm, row_major)
+            return finish(y, bias, activation, "csr_linear")
+
+        return run
+
+    return {f"cusparse {a}{'r' if r else 'c'}": way(a, r) for a, r in algorithms(dtype)}
+
+
+def _own_ways(x, values, crow, col, plan, activation) -> dict:
     """Those of our CUDA kernels."""
     rows = crow.numel() - 1
     names = own_cuda.csr_ways(x, rows, col.numel()) if own_cuda.takes(x, rows) else []
     names = own_check.sound("csr_linear", names, x) if names else []
 
     def way(name, held):
-        arguments = (name, x, values, crow, col, bias, activation, held)
-        return PackedWay(lambda: own_cuda.csr_linear(*arguments), held)
+        def run(x, values, bias, plan):
+            return own_cuda.csr_linear(name, x, values, crow, col, bias, activation, held)
+
+        return PackedWay(run, held)
 
     held = {name: packed_record(plan, values, (name, x.dtype)) for name in names}
     return {name: way(name, place) for name, place in held.items() if place is not None}

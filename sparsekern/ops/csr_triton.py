@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .csr_decode_plan import layout_of
+from .cuda_support import ceil_div, power_of_two
 from .decode_triton import (
     INTERPRET,
     activate,
@@ -333,7 +334,7 @@ def _bitmap(x, values, crow, plan, layout, bias, activation, split=None):
     x = x.contiguous()
     rows, (tokens, cols) = crow.numel() - 1, x.shape
     settings = bitmap_settings(tokens, x.element_size())
-    tiles, steps = triton.cdiv(rows, settings["ROWS"]), triton.cdiv(cols, 8 * settings["BYTES"])
+    tiles, steps = ceil_div(rows, settings["ROWS"]), ceil_div(cols, 8 * settings["BYTES"])
     split = split or split_for(tiles, steps, x.device)
 
     def arguments(y):
@@ -346,7 +347,7 @@ def _bitmap(x, values, crow, plan, layout, bias, activation, split=None):
 def bitmap_settings(tokens: int, itemsize: int) -> dict:
     """Tile and warps of the bitmap kernel that keep its values in registers."""
     bytes = 16 if itemsize == 2 and tokens <= 32 else 8
-    tile = {"ROWS": 64, "BYTES": bytes, "TOKENS": max(16, triton.next_power_of_2(tokens))}
+    tile = {"ROWS": 64, "BYTES": bytes, "TOKENS": max(16, power_of_two(tokens))}
     return {**tile, "num_warps": 4}
 
 
@@ -361,9 +362,9 @@ def csr_spmm(x, values, crow, col, bias=None, activation="none"):
     y = x.new_empty((x.shape[0], rows))
     if y.numel() == 0:
         return y
-    block = min(128, triton.next_power_of_2(x.shape[0]))
+    block = min(128, power_of_two(x.shape[0]))
     with on_device(x):
-        spmm_kernel[(rows, triton.cdiv(x.shape[0], block))](
+        spmm_kernel[(rows, ceil_div(x.shape[0], block))](
             x.t().contiguous(), values, crow, col, bias, y, rows, x.shape[0],
             TOKENS=block, ITEMS=max(8, 256 // block), SUM=sum_type(x),
             HAS_BIAS=bias is not None, ACTIVATION=activation, num_warps=1,
@@ -393,7 +394,7 @@ def csr_sddmm(grad, x, crow, col):
     with on_device(x):
         sddmm_kernel[(rows,)](
             grad.t().contiguous(), x.t().contiguous(), crow, col, values, tokens,
-            TOKENS=min(128, triton.next_power_of_2(tokens)), ITEMS=8, SUM=sum_type(x),
+            TOKENS=min(128, power_of_two(tokens)), ITEMS=8, SUM=sum_type(x),
             num_warps=1,
         )  # fmt: skip
     return values

@@ -39,6 +39,11 @@ def shape_key(op: str, x: Tensor, rows: int, cols: int, nnz: int, tokens: int) -
     return (op, x.device.index, x.dtype, rows, cols, density, token_bucket(tokens))
 
 
+def chosen_way(key: tuple) -> str | None:
+    """The way chosen for a key so far."""
+    return _CHOSEN.get(key)
+
+
 def choices() -> tuple[dict[tuple, str], dict[tuple, dict[str, str]]]:
     """The way chosen for each key so far, and by key and way why others were left out."""
     return dict(_CHOSEN), {key: dict(why) for key, why in _BROKEN.items()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .cuda_support import Record, capturing, recall, remember
+from .cuda_support import Record, capturing, recall, remember, stream_id
 
 
 @dataclass
@@ -72,21 +72,23 @@ def packed_weight(held: Packed, values: Tensor, pack: Callable) -> tuple[Tensor,
     `pack(tensors)` packs into these or, given None, into new ones, and returns them. Writes
     through `values.data` do not count as changes to torch and are not seen.
     """
-    source, stream = _source(values), torch.cuda.current_stream(values.device)
-    held.pinned |= capturing(values)
+    source, stream, captured = _source(values), stream_id(values), capturing(values)
+    held.pinned |= captured
     if held.source != source:
         held.changes += held.tensors is not None
         held.tensors = pack(held.tensors)
         # A capture only records the packing; whoever comes next has to do it.
-        held.source = None if capturing(values) else source
+        held.source = None if captured else source
         # Keeps the address of the storage from being given to another one.
         held.storage = StorageWeakRef(values.untyped_storage())
-        if not capturing(values):
-            held.stream, held.done = stream.cuda_stream, stream.record_event()
-    elif stream.cuda_stream != held.stream and not capturing(values):
-        stream.wait_event(held.done)
+        if not captured:
+            held.stream = stream
+            held.done = torch.cuda.current_stream(values.device).record_event()
+    elif stream != held.stream and not captured:
+        current = torch.cuda.current_stream(values.device)
+        current.wait_event(held.done)
         for tensor in held.tensors if values.is_cuda else ():
-            tensor.record_stream(stream)  # it may be let go while this stream still reads it
+            tensor.record_stream(current)  # it may be let go while this stream still reads it
     return held.tensors
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ._library import check_activation
-from .cuda_support import multiprocessors
+from .cuda_support import ceil_div, multiprocessors
 
 # Triton's interpreter keeps bfloat16 as integers and computes nonsense with it.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -82,7 +82,7 @@ def run_split(kernel, tiles: int, split: int, x, rows: int, bias, activation: st
             *positional, SPLIT=split, HAS_BIAS=bias is not None, ACTIVATION=activation, **named
         )
         if split > 1:
-            finish_kernel[(triton.cdiv(y.numel(), 1024),)](
+            finish_kernel[(ceil_div(y.numel(), 1024),)](
                 parts, bias, y, rows, y.numel(), SPLIT=split, BLOCK=1024,
                 HAS_BIAS=bias is not None, ACTIVATION=activation,
             )  # fmt: skip
@@ -91,7 +91,7 @@ def run_split(kernel, tiles: int, split: int, x, rows: int, bias, activation: st
 
 def split_for(tiles: int, steps: int, device: torch.device) -> int:
     """Into how many parts to cut the sums so that the programs fill the device; at most 16."""
-    wanted = triton.cdiv(PROGRAMS_PER_SM * multiprocessors(device), max(tiles, 1))
+    wanted = ceil_div(PROGRAMS_PER_SM * multiprocessors(device), max(tiles, 1))
     return max(1, min(wanted, steps, 16))
 
 

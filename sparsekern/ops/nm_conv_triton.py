@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .block_triton import reduce_parts, upcast
 from .block_tuning import precision
+from .cuda_support import ceil_div, power_of_two
 from .decode_triton import activate, on_device, split_for
 from .nm import slot_bits
 from .nm_triton import _group_tile
@@ -83,7 +84,7 @@ def constants(geometry, n: int, m: int, pixels: int, dtype) -> dict:
     """The constants for (kernel_size, stride, padding, dilation) that keep values in registers."""
     kernel_size, *pairs = geometry
     names = ("STRIDE_H", "STRIDE_W", "PAD_H", "PAD_W", "DILATION_H", "DILATION_W")
-    wide = triton.next_power_of_2(m)
+    wide = power_of_two(m)
     return dict(
         zip(names, (size for pair in pairs for size in pair)),
         N=n,
@@ -93,7 +94,7 @@ def constants(geometry, n: int, m: int, pixels: int, dtype) -> dict:
         TAPS=kernel_size[0] * kernel_size[1],
         KERNEL_W=kernel_size[1],
         ROWS=ROWS,
-        PIXELS=max(16, min(64 if n <= 2 else 32, triton.next_power_of_2(pixels))),
+        PIXELS=max(16, min(64 if n <= 2 else 32, power_of_two(pixels))),
         GROUPS=DEPTH // wide,
         PRECISION=precision(dtype),
         UPCAST=upcast(dtype),
@@ -120,8 +121,8 @@ def nm_conv(x, values, index, bias, y, geometry, n: int, m: int, activation="non
         return y
     pixels, channels = images * out[0] * out[1], x.shape[1]
     fixed = constants(geometry, n, m, pixels, x.dtype)
-    chunks = triton.cdiv(triton.cdiv(channels, m), fixed["GROUPS"])
-    tiles = (triton.cdiv(rows, ROWS), triton.cdiv(pixels, fixed["PIXELS"]))
+    chunks = ceil_div(ceil_div(channels, m), fixed["GROUPS"])
+    tiles = (ceil_div(rows, ROWS), ceil_div(pixels, fixed["PIXELS"]))
     split = split or split_for(tiles[0] * tiles[1], fixed["TAPS"] * chunks, x.device)
     to = y if split == 1 else x.new_empty(split, *y.shape, dtype=torch.float32)
     now = (bias, activation) if split == 1 else (None, "none")

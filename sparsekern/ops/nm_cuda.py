@@ -7,6 +7,8 @@ In float32 cuSPARSELt takes 1:2 weights alone, and only where TF32 is allowed (s
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from . import cslt, own_check, own_cuda
 from ._library import CUDA, check_activation
 from .cuda_choice import run_fastest, shape_key
 from .cuda_packed import PackedWay, packed_record
+from .cuda_quick import call_key, keep_call, quick_call
 from .cuda_support import (
     Record,
     aligned,
@@ -86,50 +89,48 @@ def _check_nm(op: str, x, values, index, rows: int, cols: int, n: int, m: int) -
 
 
 def _linear(x, values, index, bias, plan, plan_t, n, m, activation="none"):
+    call = call_key(x, values, bias, index, n, m, activation)
+    y = quick_call(plan, call, x, values, bias)
+    if y is not None:
+        return y
     op, rows, cols = "nm_linear", index.shape[0], x.shape[-1]
     _check_nm(op, x, values, index, rows, cols, n, m)
     check_activation(op, activation)
     check_bias(op, bias, x, rows)
     with torch.cuda.device_of(x):
-        x2d, index = aligned(x.reshape(-1, cols)), index.contiguous()
-        arguments = (x2d, values, index, bias, plan, n, m, activation)
-        if x2d.shape[0] == 0 or values.numel() == 0:
-            y = _dense_linear(*arguments)
+        flat = aligned(x.reshape(-1, cols))
+        ways = _linear_ways(flat, values, index.contiguous(), bias, plan, n, m, activation)
+        if flat.shape[0] == 0 or values.numel() == 0:
+            y = ways["dense"]()
         else:
-            key = shape_key(op, x, rows, cols, values.numel(), x2d.shape[0])
-            y = run_fastest((*key, n, m), _linear_ways(*arguments), x)
+            key = (*shape_key(op, x, rows, cols, values.numel(), flat.shape[0]), n, m)
+            y = run_fastest(key, ways, x)
+            if index.is_contiguous():
+                keep_call(plan, call, key, ways)
         return y.view(*x.shape[:-1], rows)
-
-
-def _dense_linear(x, values, index, bias, plan, n, m, activation) -> Tensor:
-    weight = expand(values.contiguous(), index, x.shape[1], n, m)
-    return finish(torch.nn.functional.linear(x, weight, bias), None, activation, "nm_linear")
 
 
 def _linear_ways(x, values, index, bias, plan, n, m, activation) -> dict:
     """Ways to compute the forward product; `x` is `(tokens, in)`, aligned."""
     rows, cols = index.shape[0], x.shape[1]
     ways = {}
-    if _kernels(x) and x.shape[0] <= DECODE_TOKENS:
-        from .nm_triton import nm_decode
+    if 0 not in (x.shape[0], values.numel()):
+        if _kernels(x) and x.shape[0] <= DECODE_TOKENS:
+            from .nm_triton import nm_decode
 
-        arguments = (x, aligned(values), index, (rows, cols, n, m), bias, activation)
-        ways["decode"] = lambda: nm_decode(*arguments)
-    ways |= _own_ways(x, values, index, bias, plan, n, m, activation)
-    place = _library_place(plan, values, x, rows, cols, n, m)
-    if place is not None:
-        contiguous = values.contiguous()
+            def decode(x, values, bias, plan):
+                return nm_decode(x, aligned(values), index, (rows, cols, n, m), bias, activation)
 
-        def library():
-            weight = cslt.packed_weight(
-                place, values, lambda: expand(contiguous, index, cols, n, m)
-            )
-            b = aligned(bias) if bias is not None else None
-            return cslt.linear(x, weight, b, rows, activation)
+            ways["decode"] = partial(decode, x, values, bias, plan)
+        ways |= _own_ways(x, values, index, bias, plan, n, m, activation)
+        ways |= _library_way(x, values, index, bias, plan, n, m, activation)
 
-        ways["cusparselt"] = PackedWay(library, place)
-    ways["dense"] = lambda: _dense_linear(x, values, index, bias, plan, n, m, activation)
-    return ways
+    def dense(x, values, bias, plan):
+        weight = expand(values.contiguous(), index, cols, n, m)
+        y = torch.nn.functional.linear(x, weight, bias)
+        return finish(y, None, activation, "nm_linear")
+
+    return {**ways, "dense": partial(dense, x, values, bias, plan)}
 
 
 def _own_ways(x, values, index, bias, plan, n, m, activation) -> dict:
@@ -139,17 +140,34 @@ def _own_ways(x, values, index, bias, plan, n, m, activation) -> dict:
         return {}
     ways = own_cuda.nm_ways(x, rows, device_facts(x.device.index).capability)
     names = own_check.sound("nm_linear", ways, x)
-    if not names:
-        return {}
-    held = packed_record(plan, values, ("own", x.dtype))
+    held = packed_record(plan, values, ("own", x.dtype)) if names else None
     if held is None:
         return {}
-    arguments = (x, values.contiguous(), index, bias, activation, held)
 
     def way(cluster):
-        return PackedWay(lambda: own_cuda.nm_linear(*arguments, cluster), held)
+        def run(x, values, bias, plan):
+            values = values.contiguous()
+            return own_cuda.nm_linear(x, values, index, bias, activation, held, cluster)
+
+        return PackedWay(partial(run, x, values, bias, plan), held)
 
     return {name: way(ways[name]) for name in names}
+
+
+def _library_way(x, values, index, bias, plan, n, m, activation) -> dict:
+    """That of cuSPARSELt, where it can run."""
+    rows, cols = index.shape[0], x.shape[1]
+    place = _library_place(plan, values, x, rows, cols, n, m)
+    if place is None:
+        return {}
+
+    def library(x, values, bias, plan):
+        values = values.contiguous()
+        weight = cslt.packed_weight(place, values, lambda: expand(values, index, cols, n, m))
+        b = aligned(bias) if bias is not None else None
+        return cslt.linear(x, weight, b, rows, activation)
+
+    return {"cusparselt": PackedWay(partial(library, x, values, bias, plan), place)}
 
 
 def _library_place(plan, values, x, rows, cols, n, m, kind: str = "forward"):

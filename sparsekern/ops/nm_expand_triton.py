@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .cuda_support import ceil_div
 from .nm import slot_bits
 
 BLOCK = 1024
@@ -60,7 +61,7 @@ def nm_expand(
     """The dense weight `(rows, taps * channels)` of values `(rows, slots)`; -0.0 becomes 0.0."""
     rows, slots = values.shape
     dense = values.new_empty(rows, taps * channels)
-    grid = (rows, triton.cdiv(taps * channels, BLOCK))
+    grid = (rows, ceil_div(taps * channels, BLOCK))
     sizes = (channels, slots, index.shape[1], n, m, slot_bits(m), BLOCK, taps)
     if dense.numel():
         _expand[grid](values, index, dense, *sizes)
@@ -71,7 +72,7 @@ def nm_collect(dense: torch.Tensor, index: torch.Tensor, slots: int, n: int, m: 
     """The values `(rows, slots)` of a dense weight `(rows, channels * taps)` where it is stored."""
     rows, channels = dense.shape[0], dense.shape[1] // taps
     values = dense.new_empty(rows, slots)
-    grid = (rows, triton.cdiv(slots, BLOCK))
+    grid = (rows, ceil_div(slots, BLOCK))
     if values.numel():
         _collect[grid](
             dense, index, values, channels, slots, index.shape[1], n, m, slot_bits(m), BLOCK, taps

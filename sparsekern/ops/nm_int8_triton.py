@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .cuda_support import ceil_div
 from .decode_triton import activate, on_device
 from .nm_int8 import FLOAT8, LARGEST
 
@@ -83,7 +84,7 @@ def finish(product, token_scales, row_scales, bias, activation: str, dtype) -> t
     y = product.new_empty(tokens, rows, dtype=dtype)
     if y.numel():
         with on_device(product):
-            finish_kernel[(tokens, triton.cdiv(rows, COLUMNS))](
+            finish_kernel[(tokens, ceil_div(rows, COLUMNS))](
                 product, token_scales, row_scales, bias, y, rows, product.stride(0),
                 HAS_BIAS=bias is not None, ACTIVATION=activation, COLUMNS=COLUMNS,
             )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .cuda_support import ceil_div
 from .decode_triton import on_device
 
 GROUPS = 256  # groups of four, or tiles, of a program
@@ -105,7 +106,7 @@ def prune_rows(weight: torch.Tensor) -> torch.Tensor:
     out, groups = torch.empty_like(weight), weight.numel() // 4
     if groups:
         with on_device(weight):
-            prune_rows_kernel[(triton.cdiv(groups, GROUPS),)](weight, out, groups, GROUPS=GROUPS)
+            prune_rows_kernel[(ceil_div(groups, GROUPS),)](weight, out, groups, GROUPS=GROUPS)
     return out
 
 
@@ -120,7 +121,7 @@ def prune_tiles(weight: torch.Tensor, transposed: bool = False) -> torch.Tensor:
     tiles = weight.numel() // 16
     if tiles:
         with on_device(weight):
-            prune_tiles_kernel[(triton.cdiv(tiles, GROUPS),)](
+            prune_tiles_kernel[(ceil_div(tiles, GROUPS),)](
                 weight, out, tiles, cols, *steps, TILES=GROUPS
             )
     return out

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .cuda_support import ceil_div, power_of_two
 from .decode_triton import INTERPRET, check_linear, run_split, split_for, store_tile
 from .nm import slot_bits, slot_count
 
@@ -158,8 +159,8 @@ def nm_decode(x, values, index, shape, bias=None, activation="none", split=None,
     packed = (n, m) == (2, 4) and values.element_size() == 2 and slots % 4 == 0
     packed = packed and values.data_ptr() % 8 == 0
     chosen = settings(x.shape[0], n, m, packed)
-    tiles = triton.cdiv(rows, chosen["ROWS"])
-    steps = triton.cdiv(triton.cdiv(cols, m), chosen["GROUPS"])
+    tiles = ceil_div(rows, chosen["ROWS"])
+    steps = ceil_div(ceil_div(cols, m), chosen["GROUPS"])
     split = split or split_for(tiles, steps, x.device)
 
     def arguments(y):
@@ -177,8 +178,8 @@ def nm_decode(x, values, index, shape, bias=None, activation="none", split=None,
 
 def settings(tokens: int, n: int, m: int, packed: bool) -> dict:
     """Constants and warps of the kernel that keep its values in registers."""
-    wide = triton.next_power_of_2(m)
+    wide = power_of_two(m)
     depth = 32 if not packed else 128 if tokens <= 32 else 64
-    tile = {"ROWS": 64, "GROUPS": depth // wide, "TOKENS": max(16, triton.next_power_of_2(tokens))}
+    tile = {"ROWS": 64, "GROUPS": depth // wide, "TOKENS": max(16, power_of_two(tokens))}
     pattern = {"N": n, "M": m, "WIDE": wide, "BITS": slot_bits(m), "PACKED": packed}
     return {**pattern, **tile, "num_warps": 4}

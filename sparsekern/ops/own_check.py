@@ -60,8 +60,9 @@ def _find(like: Tensor, capability: tuple[int, int]) -> dict[str, str]:
     for tokens in TOKENS:
         x = torch.randn(tokens, COLS, **options).to(like.dtype)
         for way, weight, run in _runs(x, weights, held, capability):
-            if way not in found:
-                found |= {way: fault for fault in [_fault(run, x, weight)] if fault}
+            fault = "" if way in found else _fault(run, x, weight)
+            if fault:
+                found[way] = fault
     return found
 
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from .conv import output_size
+from .cuda_support import ceil_div, power_of_two
 from .decode_triton import on_device, sum_type
 
 PIXELS, DEPTH = 32, 128  # of a tile; fewer channels where columns are added up, to hold them
@@ -110,7 +111,7 @@ def unfold(x: torch.Tensor, geometry, tap_major: bool) -> torch.Tensor:
     rows = x.new_empty(pixels, depth)
     if rows.numel():
         with on_device(x):
-            unfold_kernel[(triton.cdiv(pixels, PIXELS), triton.cdiv(depth, DEPTH))](
+            unfold_kernel[(ceil_div(pixels, PIXELS), ceil_div(depth, DEPTH))](
                 x, rows, pixels, channels, height, width, out[0] * out[1], out[1], *x.stride(),
                 **constants(geometry, tap_major), PIXELS=PIXELS, DEPTH=DEPTH,
             )  # fmt: skip
@@ -122,10 +123,10 @@ def fold(columns: torch.Tensor, size, geometry, tap_major: bool) -> torch.Tensor
     images, channels, height, width = size
     out = output_size((height, width), *geometry)
     y = columns.new_empty(size)
-    pixels, depth = images * height * width, min(FOLDED, triton.next_power_of_2(channels))
+    pixels, depth = images * height * width, min(FOLDED, power_of_two(channels))
     if y.numel():
         with on_device(columns):
-            fold_kernel[(triton.cdiv(pixels, PIXELS), triton.cdiv(channels, depth))](
+            fold_kernel[(ceil_div(pixels, PIXELS), ceil_div(channels, depth))](
                 columns, y, pixels, channels, height * width, width, *out,
                 **constants(geometry, tap_major), PIXELS=PIXELS, DEPTH=depth,
                 SUM=sum_type(columns),

@@ -217,9 +217,17 @@ def test_pruned_at_every_call(transposable, dtype, ways):
             check_close(got, exact_grad, slack=2.0, tf32=True)
 
 
-def test_float32_1_of_2_by_cusparselt(ways, monkeypatch):
+@pytest.fixture
+def tf32():
+    """Float32 products may round to TF32; the setting is no plain attribute to be patched."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_float32_1_of_2_by_cusparselt(ways, tf32):
     """As TF32, where that is allowed."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     values, index = random_nm(256, 512, 1, 2)
     plan = torch.ops.sparsekern.nm_plan(index.cuda(), 256, 512, 1, 2)
     x, bias = torch.randn(300, 512), torch.randn(256)

@@ -24,7 +24,15 @@ if STUBS:
     SPARSE.stub_count.restype = LT.stub_lt_count.restype = ctypes.c_int64
 
     from sparsekern import _load
-    from sparsekern.ops import cslt, csr_cuda, cuda_choice, cuda_support, nm_cuda, own_check
+    from sparsekern.ops import (
+        block_cuda,
+        cslt,
+        csr_cuda,
+        cuda_choice,
+        cuda_support,
+        nm_cuda,
+        own_check,
+    )
     from sparsekern.ops.cuda_libraries import CUSPARSE, CUSPARSELT
 
     for library, name in zip((CUSPARSE, CUSPARSELT), NAMES):
@@ -68,7 +76,7 @@ def streams(monkeypatch):
 def device(monkeypatch, streams):
     """An H200 without Triton, as far as the Python side can tell."""
     facts = cuda_support.Device("stand-in", (9, 0))
-    for module in (csr_cuda, nm_cuda):
+    for module in (block_cuda, csr_cuda, nm_cuda):
         monkeypatch.setattr(module, "device_facts", lambda index: facts)
         monkeypatch.setattr(module, "triton_fault", lambda name: "expected Triton, got none")
     monkeypatch.setattr(own_check, "device_facts", lambda index: facts)

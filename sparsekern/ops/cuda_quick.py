@@ -1,0 +1,73 @@
+"""Calls like one before: what the first has settled is kept with the plan.
+
+The first call of a product checks its arguments, looks up what can run and times it. That takes the
+host ten times as long as the GPU takes for a product of one token, so a call whose arguments agree
+with those of an earlier one in all but their contents goes straight to the way chosen then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .block_tuning import precision
+from .cuda_choice import chosen_way
+from .cuda_packed import PackedWay
+from .cuda_support import Record, recall, remember
+
+MAX_CALLS = 64  # of one plan; then all are forgotten
+
+
+def call_key(x: Tensor, values: Tensor, bias: Tensor | None, *rest) -> tuple:
+    """What two calls must have in common; `rest` are index tensors and plain arguments.
+
+    An index counts by address and length: whoever is remembered keeps the tensor alive.
+    """
+    b = None if bias is None else (bias.shape, bias.dtype, bias.get_device())
+    settled = [(r.data_ptr(), r.numel()) if isinstance(r, Tensor) else r for r in rest]
+    return (
+        x.shape, x.dtype, x.get_device(), values.shape, values.dtype, values.get_device(), b,
+        precision(x.dtype), *settled,
+    )  # fmt: skip
+
+
+def quick_call(plan: Tensor | None, key: tuple, x, values, bias) -> Tensor | None:
+    """The product by the way that such a call took before; None where there was none."""
+    record = recall(plan) if plan is not None else None
+    way = record.quick.get(key) if record else None
+    if way is None or not _plain(x, values):
+        return None
+    try:
+        y = way(x if x.dim() == 2 else x.view(-1, x.shape[-1]), values, bias, plan)
+    except Exception:  # the long path tells what is wrong, and tries the others
+        record.quick.pop(key, None)
+        return None
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _plain(x: Tensor, values: Tensor) -> bool:
+    """Whether nothing has to be copied, no device switched and no way avoided."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return False
+    if torch.are_deterministic_algorithms_enabled():
+        return False
+    return all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, values))
+
+
+def keep_call(plan: Tensor | None, key: tuple, chosen: tuple, ways: dict[str, Callable]) -> None:
+    """Remember the way chosen for `chosen` (see `run_fastest`) for calls with this key.
+
+    Ways are partials of functions of (x, values, bias, plan), with x as `(tokens, in)`. Nothing
+    else they hold may share memory with the plan, or it would live for ever.
+    """
+    way = ways.get(chosen_way(chosen))
+    if plan is None or plan.numel() == 0 or way is None:
+        return
+    bound: partial = way.run if isinstance(way, PackedWay) else way
+    record = recall(plan) or remember(plan, Record())
+    if len(record.quick) >= MAX_CALLS:
+        record.quick.clear()
+    record.quick[key] = bound.func
