@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -62,6 +63,7 @@ KERNEL_FLAGS = [
     *("-gencode", "arch=compute_90,code=[sm_90,compute_90]"),
 ]
 SYSTEM = ["-lrt", "-lpthread", "-ldl"]  # of the static CUDA runtime
+JOBS = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)  # as torch's build reads it
 NVCC_VERSION = (12, 5)  # the first that knows mma.sp::ordered_metadata
 # Why there are none; the numbers go to csrc/cuda/module.cpp, which has the same words.
 NO_NVCC, OLD_NVCC, NO_RUNTIME, NVCC_FAILED = 1, 2, 3, 4
@@ -71,19 +73,22 @@ class Build(BuildExtension):
     """Compiles the kernel units with their own flags before the extension is linked."""
 
     def build_extensions(self):
-        """Build the kernel units, then the extensions that link them."""
-        objects = []
-        for isa, flags in ISA_FLAGS.items():
-            objects += self.compiler.compile(
-                [f"csrc/cpu/kernels_{isa}.cpp"],
-                output_dir=self.build_temp,
-                extra_postargs=["-fPIC", *FLAGS, *flags],
-                depends=[str(p) for p in Path("csrc/cpu").glob("*") if p.suffix in (".h", ".inl")],
-            )
-        self.extensions[0].extra_objects = objects
-        for extension in self.extensions[1:]:
-            add_kernels(extension, Path(self.build_temp, "csrc/cuda"))
+        """Build the kernel units, beside them our CUDA kernels, then the extensions."""
+        with ThreadPoolExecutor(JOBS) as pool:
+            units = pool.map(self.compile_unit, ISA_FLAGS)
+            for extension in self.extensions[1:]:
+                add_kernels(extension, Path(self.build_temp, "csrc/cuda"), pool)
+            self.extensions[0].extra_objects = [o for objects in units for o in objects]
         super().build_extensions()
+
+    def compile_unit(self, isa: str) -> list[str]:
+        """The kernels for one instruction set."""
+        return self.compiler.compile(
+            [f"csrc/cpu/kernels_{isa}.cpp"],
+            output_dir=self.build_temp,
+            extra_postargs=["-fPIC", *FLAGS, *ISA_FLAGS[isa]],
+            depends=[str(p) for p in Path("csrc/cpu").glob("*") if p.suffix in (".h", ".inl")],
+        )
 
 
 def nvcc_choice(home: str = CUDA_HOME) -> tuple[list[str], str, int]:
@@ -104,7 +109,7 @@ def nvcc_choice(home: str = CUDA_HOME) -> tuple[list[str], str, int]:
     return [], f"no libcudart_static.a beside {nvcc}", NO_RUNTIME
 
 
-def add_kernels(extension, folder: Path) -> None:
+def add_kernels(extension, folder: Path, pool: ThreadPoolExecutor) -> None:
     """Compile our kernels with nvcc and add them to the CUDA half, or the number of the reason."""
     tools, _, fault = nvcc_choice()
     objects = [str(folder / f"{Path(source).stem}.o") for source in KERNELS]
@@ -114,8 +119,8 @@ def add_kernels(extension, folder: Path) -> None:
         commands = [[nvcc, *KERNEL_FLAGS, "-c", s, "-o", o] for s, o in zip(KERNELS, objects)]
         # Linked alone first: whatever is wrong with them must not take the libraries along.
         trial = ["-shared", "-cudart", "none", "-Xlinker", "--no-undefined", *objects, runtime]
-        commands.append([nvcc, *trial, *SYSTEM, "-o", str(folder / "trial.so")])
-        fault = 0 if all(map(succeeds, commands)) else NVCC_FAILED
+        trial = [nvcc, *trial, *SYSTEM, "-o", str(folder / "trial.so")]
+        fault = 0 if all(pool.map(succeeds, commands)) and succeeds(trial) else NVCC_FAILED
     if fault:
         extension.extra_compile_args["cxx"].append(f"-DSPARSEKERN_NO_KERNELS={fault}")
         return

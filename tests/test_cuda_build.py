@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,8 @@ def test_the_cuda_half_is_built_without_kernels_that_nvcc_refuses(
     monkeypatch.setattr(build, "nvcc_choice", lambda: (tools, "", 0))
     half = build.cuda_extension([], {})
     before = list(half.sources)
-    build.add_kernels(half, tmp_path / "objects")
+    with ThreadPoolExecutor(1) as pool:
+        build.add_kernels(half, tmp_path / "objects", pool)
     said = f"CUDA half without kernels of our own: nvcc failed at {tmp_path}/objects/decode_csr.o"
     assert (said in capsys.readouterr().out) == fails
     assert ("-DSPARSEKERN_NO_KERNELS=4" in half.extra_compile_args["cxx"]) == fails

@@ -114,10 +114,12 @@ def test_copies_take_turns_until_they_fill_the_cache():
 def test_key_of_a_gpu_names_all_a_timing_depends_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda where: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: (9, 0))
+    monkeypatch.setattr(tune, "native_status", lambda: {"_C_cuda": {"loaded": True}})
+    monkeypatch.setattr(tune, "build_fault", lambda: "no nvcc")
     key = tune.device_key(torch.device("cuda"))
     for part in (
         "NVIDIA H200, sm_90",
-        "without _C_cuda, without kernels",
+        "with _C_cuda, without kernels",
         "triton ",
         torch.__version__,
     ):

@@ -66,8 +66,22 @@ def test_kernels_compile_for_other_gpus(case, cap):
     build(name, constants, "fp16", cap, warps)
 
 
+BLACKWELL = pytest.mark.xfail(
+    triton.__version__ < "3.7",
+    reason="Triton 3.6 fails with 'Illegal shared layout'; at run time the way is then left out",
+    raises=RuntimeError,
+    strict=True,
+)
+
+
 @pytest.mark.parametrize(
-    "dtype, tokens, cap", [("bf16", 64, 80), ("bf16", 64, 90), ("fp32", 16, 90), ("bf16", 16, 100)]
+    "dtype, tokens, cap",
+    [
+        ("bf16", 64, 80),
+        ("bf16", 64, 90),
+        ("fp32", 16, 90),
+        pytest.param("bf16", 16, 100, marks=BLACKWELL),
+    ],
 )
 def test_bitmap_kernel_compiles(dtype, tokens, cap):
     constants = csr_triton.bitmap_settings(tokens, {"bf16": 2, "fp32": 4}[dtype])

@@ -9,6 +9,7 @@ Beside each stands the dense weight, put together on the device without waiting 
 convolution of torch; the fastest is kept. Results are contiguous (n, out, oh, ow), as on the CPU.
 """
 
+import functools
 from functools import partial
 
 import torch
@@ -88,7 +89,7 @@ def _block_ways(op, x, values, index, bias, y, geometry, activation, source=None
         state_once(f"{op} is computed with the dense weight: {wanted}")
         return {}
     from .block_triton import Index
-    from .conv_triton import Geometry, block_conv, tile_of_pixels
+    from .conv_triton import Geometry, block_conv
 
     pixels = token_bucket(y.numel() // y.shape[1])  # which are the tokens
     geometry = Geometry(*geometry)
@@ -98,10 +99,19 @@ def _block_ways(op, x, values, index, bias, y, geometry, activation, source=None
         arguments = (values.contiguous(), Index(*index), bias, y, geometry, activation, config)
         return block_conv(last, *arguments)
 
-    found = candidates(x.device, x.element_size(), pixels, block).values()
-    found = {str(c): c for c in map(tile_of_pixels, found) if not (c.persistent or c.tma)}
+    found = _configs(x.device, x.element_size(), pixels, block)
     found = worth_timing(found, pixels, values.numel())
     return {name: partial(run, config) for name, config in found.items()}
+
+
+@functools.lru_cache(maxsize=1024)
+def _configs(device, itemsize: int, pixels: int, block: tuple[int, int]) -> dict:
+    """Those of the matrix product that the kernel can use, cut to its tiles."""
+    from .conv_triton import tile_of_pixels
+
+    found = candidates(device, itemsize, pixels, block).values()
+    found = [tile_of_pixels(c) for c in found if not (c.persistent or c.tma)]
+    return {str(c): c for c in found}
 
 
 def _block_conv_grad_input(
@@ -206,7 +216,7 @@ def is_pointwise(kernel_size, stride, padding, groups) -> bool:
 
 def pixels_linear(linear, x):
     """Run `linear` on (pixels, channels); no copy of a channels_last x, one of the result."""
-    return linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()
+    return linear(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2).contiguous()
 
 
 CUDA.impl("block_conv2d", _block_conv)
