@@ -5,6 +5,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 from gpu import checks, table
@@ -134,7 +136,8 @@ def test_behind(): pass
 """
 
 
-def test_every_test_is_recorded_whatever_happens_to_its_process(tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", [1, 3])
+def test_every_test_is_recorded_whatever_happens_to_its_process(processes, tmp_path, monkeypatch):
     folder = tmp_path / "tests"
     folder.mkdir()
     (folder / "test_card.py").write_text(SUITE)
@@ -145,6 +148,7 @@ def test_every_test_is_recorded_whatever_happens_to_its_process(tmp_path, monkey
     assert [Path(f).name for f in found] == ["test_card.py", "test_package.py"]
     monkeypatch.setattr(checks, "files", lambda: found)
     monkeypatch.setattr(checks, "ROOT", BENCH.parent)
+    monkeypatch.setattr(checks, "PROCESSES", processes)
     monkeypatch.setattr(checks, "OPTIONS", ("-c", str(folder / "pytest.ini")))
     journal = Journal(tmp_path / "j.jsonl")
     outcome = checks.run(journal, 120.0)
@@ -164,6 +168,20 @@ def test_every_test_is_recorded_whatever_happens_to_its_process(tmp_path, monkey
     assert "No module named 'no_such_package'" in got["test_package.py"]["failed"]
     assert got["test_skipped"]["reason"].endswith("no second GPU")
     assert got["test_lost"]["failed"].startswith("the GPU was lost: CUDA error: an illegal")
+    assert [path.name for path in tmp_path.glob("j.jsonl*")] == ["j.jsonl"]
+    checks.run(journal, 120.0)  # nothing is done twice
+    keys = [r["key"] for r in journal.records() if "key" in r]
+    assert len(keys) == len(set(keys)) == len(got)
+
+
+def test_what_a_killed_run_left_is_gathered(tmp_path):
+    journal, part = Journal(tmp_path / "j.jsonl"), Journal(tmp_path / "j.jsonl.5")
+    journal.finish("a", type="test", outcome="passed")
+    part.finish("b", type="test", outcome="passed")
+    part.start("c")
+    checks.gather(journal)
+    assert journal.done() == {"a", "b"}
+    assert [path.name for path in tmp_path.iterdir()] == ["j.jsonl"]
 
 
 def test_without_pytest_it_is_said(tmp_path, monkeypatch):

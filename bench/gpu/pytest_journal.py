@@ -1,5 +1,8 @@
 """A pytest plugin: every test into the journal named by SPARSEKERN_JOURNAL, those done left out.
 
+SPARSEKERN_DONE names another journal of tests that are done, SPARSEKERN_SHARE which part of the
+others this process does: `0/8` the first of eight.
+
 Work that loses the GPU (an illegal instruction, an access out of bounds) leaves a context in which
 every later call fails. The process then ends after the test that did it, and the rest runs in the
 next one.
@@ -21,22 +24,28 @@ HEAD_LINES = 12
 class Recorder:
     """Writes what pytest reports."""
 
-    def __init__(self, journal: Journal):
-        self.journal = journal
+    def __init__(self, journal: Journal, others: Journal, share: str):
+        self.journal, self.others = journal, others
+        self.number, self.shares = map(int, share.split("/"))
         self.reports = []
+
+    def done(self) -> set[str]:
+        """Keys that need no more work."""
+        return self.journal.done() | self.others.done()
 
     @pytest.hookimpl(trylast=True)  # after the choice by marks
     def pytest_collection_modifyitems(self, config, items):
         """Leave out what an earlier process has done."""
-        done = self.journal.done()
+        done = self.done()
         self.journal.note(type="collected", tests=[key_of(item.nodeid) for item in items])
-        skipped = [item for item in items if key_of(item.nodeid) in done]
-        items[:] = [item for item in items if key_of(item.nodeid) not in done]
-        config.hook.pytest_deselected(items=skipped)
+        mine = items[self.number :: self.shares]
+        mine = [item for item in mine if key_of(item.nodeid) not in done]
+        config.hook.pytest_deselected(items=[item for item in items if item not in mine])
+        items[:] = mine
 
     def pytest_collectreport(self, report):
         """A file that cannot be imported, for a missing package say, is a record as well."""
-        if report.failed and key_of(report.nodeid) not in self.journal.done():
+        if report.failed and not self.number and key_of(report.nodeid) not in self.done():
             why = [line[1:].strip() for line in report.longreprtext.splitlines() if line[:1] == "E"]
             self.journal.finish(
                 key_of(report.nodeid), type="test", outcome="not collected", failed="; ".join(why)
@@ -84,4 +93,5 @@ def summary(reports) -> tuple[str, str]:
 
 def pytest_configure(config):
     """Start recording."""
-    config.pluginmanager.register(Recorder(Journal(Path(os.environ["SPARSEKERN_JOURNAL"]))))
+    journals = (Journal(Path(os.environ[f"SPARSEKERN_{name}"])) for name in ("JOURNAL", "DONE"))
+    config.pluginmanager.register(Recorder(*journals, os.environ["SPARSEKERN_SHARE"]))
