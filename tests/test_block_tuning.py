@@ -7,7 +7,7 @@ import torch
 
 from sparsekern.ops import block_tuning
 from sparsekern.ops.block_tuning import (
-    H200,
+    HOPPER,
     SpmmConfig,
     candidates,
     default_config,
@@ -23,16 +23,16 @@ CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture
-def h200(monkeypatch):
-    facts = SimpleNamespace(name="NVIDIA H200", major=9, shared_memory_per_block_optin=232_448)
+def hopper(monkeypatch):
+    facts = SimpleNamespace(major=9, shared_memory_per_block_optin=232_448)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
     candidates.cache_clear()
     yield
     candidates.cache_clear()
 
 
-def test_every_entry_fits_the_shared_memory_of_an_h200():
-    for (itemsize, _, _), config in H200.items():
+def test_every_entry_fits_the_shared_memory_of_a_hopper():
+    for (itemsize, _, _), config in HOPPER.items():
         assert config.shared_bytes(itemsize) <= 232_448
     for tokens in (1, 100, 5000):
         assert default_config(2, tokens, 128, 128).shared_bytes(2) <= 48 * 1024
@@ -47,7 +47,7 @@ def test_configs_are_cut_to_the_block_and_the_tokens():
         table_config(8, 1, 16, 16)
 
 
-def test_the_table_comes_first_on_an_h200_only(h200):
+def test_the_table_comes_first_on_hopper_only(hopper):
     table, safe = table_config(2, 4096, 128, 128), default_config(2, 4096, 128, 128)
     found = candidates(CUDA, 2, 4096, (128, 128), 4096)
     assert next(iter(found.values())) == table and safe in found.values()
@@ -56,7 +56,7 @@ def test_the_table_comes_first_on_an_h200_only(h200):
 
 
 @pytest.mark.parametrize("inner", [0, 4000])
-def test_no_copy_engine_for_ragged_edges(h200, inner):
+def test_no_copy_engine_for_ragged_edges(hopper, inner):
     assert not any(c.tma for c in candidates(CUDA, 2, 4096, (128, 128), inner).values())
     assert not any(c.tma for c in candidates(CUDA, 2, 4096, (16, 16), 4096).values())
 

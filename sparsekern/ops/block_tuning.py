@@ -1,4 +1,4 @@
-"""Tile sizes of the block kernels: a table for the H200, a safe default, and what is worth timing.
+"""Tile sizes of the block kernels: a table for Hopper, a safe default, and what is worth timing.
 
 Nothing in the table has been measured on a GPU. It follows from counts: x crosses from L2 to a
 multiprocessor once for every row of blocks, so a tile does at most R operations for each byte of
@@ -60,10 +60,11 @@ class GradConfig:
     split: int = 1
 
 
-# H200, predicted: (bytes of an element, outputs of a block up to, tokens up to) -> config; the
-# first line that fits. Blocks of fewer outputs than a tile has take a tile of their own height.
+# H100 and H200, which have the same multiprocessors, predicted: (bytes of an element, outputs of a
+# block up to, tokens up to) -> config; the first line that fits. Blocks of fewer outputs than a tile
+# has take a tile of their own height.
 LARGE = 2**62
-H200 = {
+HOPPER = {
     (2, 32, 32): SpmmConfig(32, 32, 128, 4, 4),
     (2, 32, 64): SpmmConfig(64, 32, 128, 4, 4),
     (2, 32, LARGE): SpmmConfig(128, 32, 64, 4, 4),
@@ -103,8 +104,8 @@ def _fit(config: SpmmConfig, tokens: int, height: int, depth: int) -> SpmmConfig
 
 
 def table_config(itemsize: int, tokens: int, height: int, depth: int) -> SpmmConfig:
-    """The config of the H200 table for blocks of `height` outputs x `depth` inputs."""
-    for (size, highest, most), config in H200.items():
+    """The config of the table for Hopper for blocks of `height` outputs x `depth` inputs."""
+    for (size, highest, most), config in HOPPER.items():
         if size == itemsize and height <= highest and tokens <= most:
             return _fit(config, tokens, height, depth)
     raise ValueError(f"table_config: expected elements of 2 or 4 bytes, got {itemsize}")
@@ -170,8 +171,8 @@ def candidates(
         inner: Inputs of the weight; 0 and what is no multiple of the block exclude the copy engine.
     """
     table, safe = (f(itemsize, tokens, *block) for f in (table_config, default_config))
-    major, limit, name = _device(device)
-    found = [table, safe] if "H200" in name else [safe, table]
+    major, limit = _device(device)
+    found = [table, safe] if major == 9 else [safe, table]
     found.append(replace(table, stages=max(2, table.stages - 1)))
     if tokens > 64:
         half = replace(table, tokens=max(64, table.tokens // 2), warps=4)
@@ -190,9 +191,9 @@ def _fits_copy_engine(config: SpmmConfig, block, inner: int, itemsize: int) -> b
     return whole and wide and config.depth <= block[1]
 
 
-def _device(device: torch.device) -> tuple[int, int, str]:
-    """Major compute capability, bytes of shared memory, name; those of an A100 on the CPU."""
+def _device(device: torch.device) -> tuple[int, int]:
+    """Major compute capability and bytes of shared memory; those of an A100 on the CPU."""
     if device.type != "cuda":
-        return 8, 166_912, "interpreter"
+        return 8, 166_912
     facts = torch.cuda.get_device_properties(device)
-    return facts.major, facts.shared_memory_per_block_optin, facts.name
+    return facts.major, facts.shared_memory_per_block_optin
