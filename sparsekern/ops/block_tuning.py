@@ -61,8 +61,8 @@ class GradConfig:
 
 
 # H100 and H200, which have the same multiprocessors, predicted: (bytes of an element, outputs of a
-# block up to, tokens up to) -> config; the first line that fits. Blocks of fewer outputs than a tile
-# has take a tile of their own height.
+# block up to, tokens up to) -> config; the first line that fits. Blocks of fewer outputs than a
+# tile has take a tile of their own height.
 LARGE = 2**62
 HOPPER = {
     (2, 32, 32): SpmmConfig(32, 32, 128, 4, 4),
