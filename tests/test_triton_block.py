@@ -24,7 +24,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIDES, TOKENS = (16, 32, 64, 128), (16, 64, 4096)
 
 
-def spmm(dtype, block, config, cap=90, transposed=False, inner=4096, precision=None):
+def spmm(dtype, block, config, cap=90, transposed=False, inner=4096, precision=None, spills=0):
     """`spmm_kernel` as a launch would compile it."""
     pointer = f"*{dtype}"
     types = dict.fromkeys(("x", "values", "bias", "y"), pointer)
@@ -51,7 +51,7 @@ def spmm(dtype, block, config, cap=90, transposed=False, inner=4096, precision=N
     else:
         constants["slot"] = None
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    return compile_for(block_triton.spmm_kernel, types, constants, cap, **options).check()
+    return compile_for(block_triton.spmm_kernel, types, constants, cap, **options).check(spills)
 
 
 def sddmm(dtype, block, config, cap=90):
@@ -115,7 +115,10 @@ def test_other_generations(cap, side, dtype):
 @pytest.mark.parametrize("transposed", [False, True], ids=["forward", "transposed"])
 def test_the_copy_engine(transposed):
     config = SpmmConfig(256, 128, 64, 8, 4, tma=True)
-    built = spmm("bf16", (128, 128), config, transposed=transposed)
+    # Triton 3.9 puts numbers of the epilogue on the stack while the loop runs, and not in the loop.
+    built = spmm("bf16", (128, 128), config, transposed=transposed, spills=128)
+    loop = built.sass[built.sass.index("HGMMA") : built.sass.rindex("HGMMA")]
+    assert "STL" not in loop and "LDL" not in loop
     assert "cp.async.bulk.tensor" in built.ptx and "cp.async.cg" not in built.ptx
 
 

@@ -34,7 +34,7 @@ def _expand(
         value = tl.load(values + row * slots + slot, mask=taken & (code == position), other=0.0)
         total = tl.where(code == position, value, total)
     # The compressor of cuSPARSELt takes -0.0 for a weight that is kept.
-    total = tl.where(total == 0.0, 0.0, total).to(total.dtype)
+    total = tl.where(total.to(tl.float32) == 0.0, 0.0, total).to(total.dtype)
     tl.store(dense + row * (channels * TAPS) + column, total, mask=inside)
 
 
