@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from .chain import Slot
 from .conversion import LayerReport
 from .fuse import FusedActivation
+from .measure.graphs import capture
 from .measure.structure import forward_call
 from .measure.timer import interleaved, speedup
 from .patterns import Unstructured, detect
@@ -133,11 +134,21 @@ def record_inputs(model: nn.Module, inputs, modules: set[nn.Module]) -> dict[int
     return specs
 
 
-def time_model(model, converted, taken, inputs, mode, budget_s, folds):
+def check_graphs(device: torch.device, mode: str, inputs) -> None:
+    """Refuse `cuda_graphs` where there is nothing to capture."""
+    if device.type != "cuda" or mode != "inference" or inputs is None:
+        raise ValueError(
+            "convert_to_sparse: expected a model on a CUDA device, mode='inference' and "
+            "example_inputs with cuda_graphs=True, "
+            f"got {device}, {mode!r} and {type(inputs).__name__}"
+        )
+
+
+def time_model(model, converted, taken, inputs, mode, budget_s, folds, cuda_graphs=False):
     """Median milliseconds dense and sparse, and the median ratio of neighbouring samples.
 
     The ratio is that to the faster dense model where normalisations were folded; how long that one
-    takes is left in `folds.model_ms`.
+    takes is left in `folds.model_ms`. With `cuda_graphs` both are replayed from one.
     """
 
     def dense():
@@ -166,6 +177,10 @@ def time_model(model, converted, taken, inputs, mode, budget_s, folds):
     with eval_mode(model, *twins):
         sides = [dense, sparse, folded] if folds.names else [dense, sparse]
         try:
+            if cuda_graphs:
+                device = next(model.parameters()).device
+                graphs = [capture([side], device) for side in sides]
+                sides = [graph.replay for graph in graphs]
             times = interleaved(sides, budget_s=budget_s, min_rounds=7)
         finally:
             folds.apply()

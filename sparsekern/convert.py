@@ -8,19 +8,20 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .candidate import Candidate, find_candidates, record_inputs, rows, swap, swap_back, time_model
+from .candidate import (
+    Candidate,
+    check_graphs,
+    find_candidates,
+    record_inputs,
+    rows,
+    swap,
+    swap_back,
+    time_model,
+)
 from .chain import slots
 from .conversion import REPORT, ConversionReport, report
 from .device import cold_bytes, format_fault
-from .fuse import (
-    FUSABLE,
-    TRAINABLE,
-    Activations,
-    Folds,
-    Misread,
-    check_agreement,
-    run_once,
-)
+from .fuse import FUSABLE, TRAINABLE, Activations, Folds, Misread, check_agreement, run_once
 from .measure.structure import check_inputs
 from .measure.timer import synchronize
 from .nn import SparseConv2d, SparseLinear
@@ -57,6 +58,7 @@ def convert_to_sparse(
     budget_s: float = 0.15,
     cache: bool = True,
     progress: bool | None = None,
+    cuda_graphs: bool = False,
 ) -> nn.Module:
     """Swap pruned linear and convolution layers for sparse ones, where that is faster here.
 
@@ -93,20 +95,24 @@ def convert_to_sparse(
         budget_s: Seconds of timing per distinct layer shape.
         cache: Keep timings in the user's cache folder, so that the next conversion is quick.
         progress: Show a progress bar; None shows it in a terminal when there is much to time.
+        cuda_graphs: Time replays of CUDA graphs, for a model that is served from one: what the host
+            takes to launch kernels, which with few tokens is most of the time, then counts nothing.
 
     Returns:
         The model; a new layer if the model is a single layer that became sparse.
 
     Raises:
         TypeError: example_inputs of another kind.
-        ValueError: unknown mode, no layer to convert, weights on several devices or with NaN. The
-            model is then unchanged.
+        ValueError: unknown mode, no layer to convert, weights on several devices or with NaN,
+            cuda_graphs without a GPU. The model is then unchanged.
     """
     candidates = find_candidates(model, mode, min_gain)
     if example_inputs is not None:
         check_inputs(example_inputs, "convert_to_sparse")
     device = candidates[0].sites[0].module.weight.device
-    job = _Job(model, example_inputs, mode, min_gain, budget_s)
+    if cuda_graphs:
+        check_graphs(device, mode, example_inputs)
+    job = _Job(model, example_inputs, mode, min_gain, budget_s, cuda_graphs=cuda_graphs)
     job.tuning = TuningCache(device, on_disk=cache and example_inputs is not None)
     job.cold_bytes = cold_bytes(model, device)
     try:
@@ -139,6 +145,7 @@ class _Job:
     planned: dict[nn.Module, str] = field(default_factory=dict)  # layer -> activation to fuse
     tuning: TuningCache | None = None
     cold_bytes: int = 0
+    cuda_graphs: bool = False
 
 
 def _convert(job: _Job, candidates: list[Candidate], progress: bool | None) -> nn.Module:
@@ -314,7 +321,7 @@ def _time(job: _Job, sites, twins) -> tuple[float, float, float]:
 
     Dense is the layer with the activation that may be fused.
     """
-    training = job.mode == "training"
+    training, graphs = job.mode == "training", job.cuda_graphs
     dense_ms = sparse_ms = error = 0.0
     for site, twin in zip(sites, twins, strict=True):
         dense, sparse = site.module, twin
@@ -322,10 +329,11 @@ def _time(job: _Job, sites, twins) -> tuple[float, float, float]:
             dense = nn.Sequential(dense, job.activations.module_after(dense))
             sparse = nn.Sequential(twin, nn.Identity())
         for spec, count in job.specs.get(id(site.module), {}).items():
-            key = layer_key(twin, spec, training)
+            key = layer_key(twin, spec, "CUDA graphs" if graphs else job.mode)
             times = job.tuning.get(key)
             if times is None:
-                times = time_layer(dense, sparse, spec, training, job.budget_s, job.cold_bytes)
+                options = (training, job.budget_s, job.cold_bytes, graphs)
+                times = time_layer(dense, sparse, spec, *options)
                 job.tuning.put(key, *times)
             dense_ms += count * times[0]
             sparse_ms += count * times[1]
@@ -338,9 +346,9 @@ def _confirm(job: _Job, converted, taken, result: ConversionReport) -> nn.Module
     if job.folds.names or any(c.fused for c in taken):
         result.fusion_error = _agreement(job, converted, taken)
     try:
-        result.model_dense_ms, result.model_sparse_ms, gain = time_model(
-            job.model, converted, taken, job.inputs, job.mode, 4 * job.budget_s, job.folds
-        )
+        how = (job.mode, 4 * job.budget_s, job.folds, job.cuda_graphs)
+        times = time_model(job.model, converted, taken, job.inputs, *how)
+        result.model_dense_ms, result.model_sparse_ms, gain = times
     except Exception as error:
         note = f"the converted model does not run, so it stays dense: {error!r}"
         warnings.warn(f"convert_to_sparse: {note}", stacklevel=4)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ._load import cpu_isa, native_status
+from .measure.graphs import capture
 from .measure.hardware import hardware
 from .measure.timer import interleaved
 from .ops.own_cuda import build_fault
@@ -63,20 +64,28 @@ def time_layer(
     training: bool,
     budget_s: float,
     cold_bytes: int = 0,
+    cuda_graphs: bool = False,
 ):
     """Milliseconds of one call, (dense, sparse), interleaved; with both gradients when training.
 
     On a GPU by its own clock, so that waiting for it is not counted. For inference copies of each
-    layer take turns until their weights reach `cold_bytes`, to be read from memory every time.
+    layer take turns until their weights reach `cold_bytes`, to be read from memory every time. With
+    `cuda_graphs` they are replayed from one, and launches cost nothing.
     """
     device = next(dense.parameters()).device
     x = spec.make(device)
     if training:
         calls = [training_call(layer, x) for layer in (dense, sparse)]
     else:
-        calls = [inference_call(_copies(layer, cold_bytes), x) for layer in (dense, sparse)]
+        copies = [_copies(layer, cold_bytes) for layer in (dense, sparse)]
+        calls = [inference_call(layers, x) for layers in copies]
+    per_call = [1, 1]
+    if cuda_graphs:
+        per_call = [len(layers) for layers in copies]
+        graphs = [capture([call] * count, device) for call, count in zip(calls, per_call)]
+        calls = [graph.replay for graph in graphs]
     timings = interleaved(calls, budget_s=budget_s, device=device, on_device=device.type == "cuda")
-    return timings[0].median_ms, timings[1].median_ms
+    return tuple(t.median_ms / count for t, count in zip(timings, per_call))
 
 
 def _copies(layer: nn.Module, cold_bytes: int) -> list[nn.Module]:
@@ -227,8 +236,8 @@ class TuningCache:
             return {}
 
 
-def layer_key(layer: nn.Module, spec: InputSpec, training: bool) -> str:
-    """Name of a timing: everything its time depends on, the density to 1 %."""
+def layer_key(layer: nn.Module, spec: InputSpec, how: str) -> str:
+    """Name of a timing: everything its time depends on, the density to 1 %; `how` it was timed."""
     weight = layer.weight
     geometry = tuple(getattr(layer, n, None) for n in ("stride", "padding", "dilation", "groups"))
     return repr(
@@ -236,7 +245,6 @@ def layer_key(layer: nn.Module, spec: InputSpec, training: bool) -> str:
             type(layer).__name__, tuple(weight.shape), round(weight.sparsity, 2), weight.pattern,
             weight.format,
             str(weight.values.dtype), geometry, layer.bias is not None, layer.activation,
-            spec.shape, str(spec.dtype), spec.channels_last,
-            "training" if training else "inference",
+            spec.shape, str(spec.dtype), spec.channels_last, how,
         )
     )  # fmt: skip

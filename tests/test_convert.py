@@ -364,6 +364,8 @@ def test_converting_twice_changes_nothing(monkeypatch):
         ("all layers on one device, got cpu, meta",
          lambda: sk.convert_to_sparse(
              nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta")))),
+        ("with cuda_graphs=True, got cpu, 'inference' and Tensor",
+         lambda: sk.convert_to_sparse(nn.Linear(2, 2), torch.zeros(1, 2), cuda_graphs=True)),
     ],
 )  # fmt: skip
 def test_bad_arguments(message, call):

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import rounds
 import torch
 
+from sparsekern.measure.graphs import capture
+
 Call = Callable[[], object]
 MIN_GRAPH_MS = 2.0  # calls shorter than this are captured several times over
 MAX_CALLS = 64  # in one graph
@@ -96,16 +98,9 @@ def captured(calls: Sequence[Call], device: torch.device) -> Captured:
     Raises:
         RuntimeError: one of the calls cannot be captured.
     """
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):  # lazy set-up has no place in a graph
-        for call in calls:
-            call()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    for call in calls:
+        call()
     once_ms = min(_events(_in_turn(calls), device)(len(calls)) for _ in range(2)) * 1e3
     passes = max(1, min(MAX_CALLS // len(calls), round(MIN_GRAPH_MS / max(once_ms, 1e-6))))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        for call in list(calls) * passes:
-            call()
+    graph = capture(calls, device, passes)
     return Captured(graph, passes * len(calls), device)

@@ -212,6 +212,17 @@ def test_conversion_keeps_the_outputs_and_says_what_it_did(pattern, sparsity, mo
         assert torch.equal(got, old)
 
 
+def test_conversion_by_replays_of_cuda_graphs():
+    """Few tokens: launches do not count, and the memory of the weights does."""
+    model = wide("2:4", 0.5, width=4096).bfloat16()
+    x = torch.randn(1, 512, device="cuda", dtype=torch.bfloat16)
+    want = exact(model, x)
+    converted = sk.convert_to_sparse(model, x, cache=False, cuda_graphs=True)
+    report = sk.report(converted)
+    check_close(converted(x), want, slack=2.0)
+    assert all(row.dense_ms is not None for row in report.layers) and report.model_dense_ms
+
+
 def test_a_layer_without_a_kernel_stays_dense():
     model = wide().double()
     x = torch.randn(8, 512, device="cuda", dtype=torch.float64)
