@@ -38,6 +38,7 @@ class Work:
         goal: Least speed-up over the best dense side; None where none was set.
         compiled: Whether torch.compile's dense layer takes part; compiling takes a while.
         energy: Whether joules are measured as well.
+        graphs: Whether the converter times, and is timed, by CUDA graphs.
     """
 
     case: Case
@@ -47,11 +48,13 @@ class Work:
     goal: float | None = None
     compiled: bool = False
     energy: bool = False
+    graphs: bool = False
 
     @property
     def key(self) -> str:
         """Name of the point in a journal, without its suite."""
-        return f"{self.case.name} {self.pattern} {self.sparsity:g} {self.dtype}"
+        name = f"{self.case.name} {self.pattern} {self.sparsity:g} {self.dtype}"
+        return f"{name} graphs" if self.graphs else name
 
 
 def _linear(shape: tuple[int, int], tokens: int, training: bool = False) -> Linear:
@@ -148,9 +151,10 @@ def energy() -> Iterator[Work]:
 
 def converter() -> Iterator[Work]:
     """convert_to_sparse must not lose on any of these, whatever it chooses."""
-    for tokens in (4096, 1):
+    for tokens, graphs in ((4096, False), (1, True), (1, False)):
         for pattern, sparsity in (("2:4", 0.5), ("block:64x64", 0.8), ("unstructured", 0.9)):
-            yield Work(_linear(SQUARE, tokens), pattern, sparsity, "bfloat16", 0.95)
+            case = _linear(SQUARE, tokens)
+            yield Work(case, pattern, sparsity, "bfloat16", 0.95, graphs=graphs)
     yield Work(_linear(SQUARE, 512), "unstructured", 0.95, "float32", 0.95)
     yield Work(Conv(32, 256, 256, 14, 3), "block:32x32", 0.8, "bfloat16", 0.95)
 
