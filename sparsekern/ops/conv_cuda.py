@@ -31,16 +31,22 @@ from .block_cuda import (
 from .block_tuning import candidates, precision, worth_timing
 from .conv import dense_grad_input, output_size
 from .cuda_choice import run_fastest, shape_key, token_bucket
-from .cuda_support import check, check_bias, check_operand, finish, state_once
+from .cuda_support import check, check_bias, check_operand, finish, refuse, state_once
 
 # The kernel counts from the first image of a tile in 32 bits; a tile may begin in one image and
 # end in the next.
 MOST_OUTPUTS = 2**29
 
 
+def check_image(op: str, x) -> None:
+    """Refuse what is no batch of images."""
+    if x.dim() != 4:
+        refuse(op, "x with 4 dimensions", f"shape {tuple(x.shape)}")
+
+
 def empty_output(op, x, outputs, kernel_size, stride, padding, dilation, groups):
     """The uninitialised result of a convolution, after checks of its geometry."""
-    check(x.dim() == 4, op, "x with 4 dimensions", f"shape {tuple(x.shape)}")
+    check_image(op, x)
     divides = groups >= 1 and x.shape[1] % groups == 0 and outputs % groups == 0
     wanted = f"groups that divide in_channels = {x.shape[1]} and out_channels = {outputs}"
     check(divides, op, wanted, groups)

@@ -19,6 +19,7 @@ from torch.nn.functional import conv2d, pad
 from . import conv, csr_cuda
 from ._library import CUDA, check_activation, check_indices
 from .conv_cuda import (
+    check_image,
     conv_key,
     empty_output,
     insert_zeros,
@@ -39,11 +40,12 @@ def _conv(
 ):  # fmt: skip
     op, geometry = conv.CONV, (kernel_size, stride, padding, dilation, groups)
     rows = crow.numel() - 1
-    y = empty_output(op, x, rows, *geometry)
+    check_image(op, x)
     if is_pointwise(kernel_size, stride, padding, groups):
         # The plan of a 1x1 convolution is that of its (out, in) matrix.
         arguments = (values, crow, col, bias, plan, plan_t, activation)
         return pixels_linear(lambda flat: csr_cuda._linear(flat, *arguments), x)
+    y = empty_output(op, x, rows, *geometry)
     shape = (rows, x.shape[1] // groups, *kernel_size)
     cols = shape[1] * shape[2] * shape[3]
     csr_cuda._check_csr(op, x, values, crow, col)

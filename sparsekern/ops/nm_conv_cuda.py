@@ -19,7 +19,7 @@ from . import cslt, nm_conv, nm_cuda
 from ._library import CUDA, check_activation
 from .block_cuda import KERNEL_DTYPES
 from .conv import dense_grad_input
-from .conv_cuda import conv_key, empty_output, is_pointwise, pixels_linear
+from .conv_cuda import check_image, conv_key, empty_output, is_pointwise, pixels_linear
 from .csr_conv_cuda import MAX_UNFOLDED
 from .cuda_choice import run_fastest, shape_key
 from .cuda_support import aligned, check, check_bias, check_operand, finish, state_once
@@ -46,10 +46,11 @@ def _conv(
 ):  # fmt: skip
     op, geometry = nm_conv.CONV, (kernel_size, stride, padding, dilation, groups)
     rows, channels, taps = index.shape[0], x.shape[1] // groups, kernel_size[0] * kernel_size[1]
-    y = empty_output(op, x, rows, *geometry)
+    check_image(op, x)
     if is_pointwise(kernel_size, stride, padding, groups):
         arguments = (values, index, bias, plan, plan_t, n, m, activation)
         return pixels_linear(lambda flat: nm_cuda._linear(flat, *arguments), x)
+    y = empty_output(op, x, rows, *geometry)
     check_operand(op, "values", values, x, x.dtype)
     check_activation(op, activation)
     check_bias(op, bias, x, rows)
