@@ -21,13 +21,13 @@ PYTHON = HOME / "venv/bin/python"
 # The checkout by links, and in it the package with compiled halves of its own.
 TREE = HOME / "tree"
 STUBS = ROOT / "tests/stubbed/stubs"
-# Triton 3.6, which this torch wants, cannot interpret beside numpy 2.5.
+# Triton 3.6, which this torch wants, cannot interpret beside numpy 2.4 and later.
 PACKAGES = (
     *(
         "torch==2.11.0",
         "nvidia-cuda-crt>=13,<13.1",
         "nvidia-cuda-cccl>=13,<13.1",
-        "numpy<2.5",
+        "numpy<2.4",
         "nvidia-ml-py",
         "safetensors",
     ),
@@ -59,7 +59,7 @@ def build() -> None:
         install()
     link_tree()
     replace_libraries()
-    print(run(PYTHON, __file__, "--inside", cwd=TREE), end="", flush=True)
+    run(PYTHON, __file__, "--inside", cwd=TREE)
 
 
 def install() -> None:
@@ -191,12 +191,14 @@ def cuda_half(target: Path, includes: list[str], libraries: list[str]) -> None:
     spec = importlib.util.spec_from_file_location("sparsekern_setup", "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    flags = [*module.FLAGS, "-march=native", "-w", "-fPIC", "-shared", module.TORCH_TARGET]
-    flags += [*includes, *cuda_headers()]
-    flags += ["-DPy_LIMITED_API=0x030a0000", "-DSPARSEKERN_EMULATED", "-DSTUB_CUDA_TORCH"]
-    kernels = [f for kernel in module.KERNELS for f in ("-x", "c++", kernel)]
-    run("g++", *flags, f"-I{STUBS}", *module.CUDA_SOURCES, module.KERNEL_OPS, *kernels,
-        "-x", "none", *libraries, "-o", target)  # fmt: skip
+    flags = [*module.FLAGS, "-march=native", "-w", "-fPIC", module.TORCH_TARGET, *includes]
+    flags += [*cuda_headers(), "-DPy_LIMITED_API=0x030a0000"]
+    # The kernels apart: the rest opens the libraries by the names that they have beside torch.
+    emulated = ["-DSPARSEKERN_EMULATED", "-DSTUB_CUDA_TORCH", f"-I{STUBS}", module.KERNEL_OPS]
+    emulated += [f for kernel in module.KERNELS for f in ("-x", "c++", kernel)]
+    kernels = HOME / "kernels.o"
+    run("g++", *flags, "-r", *emulated, "-o", kernels)
+    run("g++", *flags, "-shared", *module.CUDA_SOURCES, kernels, *libraries, "-o", target)
 
 
 if __name__ == "__main__":
