@@ -149,7 +149,13 @@ const std::set<std::string> kKept = {"as_strided",
 // Composites that ask for the device inside.
 const std::set<std::string> kAlso = {"convolution", "convolution_backward", "_convolution"};
 
+struct Silent : c10::WarningHandler {
+  void process(const c10::Warning&) override {}
+};
+
 void install() {
+  static Silent silent;  // torch says that it had kernels already
+  c10::WarningUtils::WarningHandlerGuard guard(&silent);
   static torch::Library library(torch::Library::IMPL, "aten", c10::DispatchKey::CUDA, __FILE__,
                                 __LINE__);
   auto& dispatcher = c10::Dispatcher::singleton();

@@ -12,7 +12,10 @@ import sys
 
 from build import HERE, HOME, PYTHON, TREE, build, nvidia
 
-TESTS = ("-m", "pytest", "-p", "plugin", "-p", "no:cacheprovider", "-m", "gpu", "--tb=short")
+TESTS = (
+    *("-m", "pytest", "-p", "plugin", "-p", "no:cacheprovider", "-m", "gpu", "--tb=short", "-rs"),
+    *("-W", "ignore::DeprecationWarning:triton.runtime.interpreter"),
+)
 # Kernels are compiled and launches do nothing: `--suite` of the caller comes last, and wins.
 SWEEPS = """
 import sys
