@@ -58,7 +58,7 @@ gpu:
 
 # The same tests on a machine without a GPU, see tests/software_gpu; DRY_ARGS goes to pytest.
 gpu-dry:
-	$(PYTHON) tests/software_gpu/run.py $(DRY_ARGS)
+	$(PYTHON) tests/software_gpu/dry.py $(DRY_ARGS)
 
 # The native half with the address and undefined-behaviour sanitizers, under the tests of the ops.
 sanitize: setup

@@ -1,8 +1,8 @@
 """`make gpu-dry`: the tests marked `gpu` on a GPU made of software, see README.md.
 
-python tests/software_gpu/run.py                                # all: the better part of an hour
-python tests/software_gpu/run.py tests/gpu/test_gpu_ops.py -k float32   # arguments of pytest
-python tests/software_gpu/run.py --sweeps --suite block         # of `python -m gpu`
+python tests/software_gpu/dry.py                                # all: the better part of an hour
+python tests/software_gpu/dry.py tests/gpu/test_gpu_ops.py -k float32   # arguments of pytest
+python tests/software_gpu/dry.py --sweeps --suite block         # of `python -m gpu`
 """
 
 from __future__ import annotations
@@ -16,13 +16,6 @@ TESTS = (
     *("-m", "pytest", "-p", "plugin", "-p", "no:cacheprovider", "-m", "gpu", "--tb=short", "-rs"),
     *("-W", "ignore::DeprecationWarning:triton.runtime.interpreter"),
 )
-# Kernels are compiled and launches do nothing: `--suite` of the caller comes last, and wins.
-SWEEPS = """
-import sys
-from gpu.__main__ import main
-from gpu.suites import SUITES
-sys.exit(main(["--no-build", "--suite", *SUITES, *sys.argv[1:]]))
-"""
 
 
 def main(arguments: list[str]) -> None:
@@ -38,7 +31,7 @@ def main(arguments: list[str]) -> None:
     }
     if arguments[:1] == ["--sweeps"]:
         environment["SOFTWARE_GPU_SKIP"] = "1"
-        command = ["-c", SWEEPS, "--out", str(HOME / "results"), *arguments[1:]]
+        command = [str(HERE / "sweeps.py"), "--out", str(HOME / "results"), *arguments[1:]]
     else:
         environment["TRITON_INTERPRET"] = "1"
         named = any(not a.startswith("-") and (TREE / a.split("::")[0]).exists() for a in arguments)
