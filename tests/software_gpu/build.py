@@ -120,7 +120,8 @@ def replace_libraries() -> None:
 
 def stand_in(target: Path, source: Path, flags: tuple, names: set[str], *linking: object) -> None:
     """Our library in the place of another, with all its names; what we lack does nothing."""
-    if not older(target, source, STUBS):
+    made = HOME / f"{target.name}.made"  # the age of a target may be that of the wheel
+    if not older(made, source, STUBS):
         return
     real = target.with_name(f"{target.name}.real")
     if target.exists() and not real.exists():
@@ -146,6 +147,7 @@ def stand_in(target: Path, source: Path, flags: tuple, names: set[str], *linking
         "-o",
         target,
     )
+    made.touch()
 
 
 def defined(*options: object) -> list[str]:
