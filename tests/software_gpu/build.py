@@ -123,30 +123,18 @@ def stand_in(target: Path, source: Path, flags: tuple, names: set[str], *linking
     made = HOME / f"{target.name}.made"  # the age of a target may be that of the wheel
     if not older(made, source, STUBS):
         return
-    real = target.with_name(f"{target.name}.real")
-    if target.exists() and not real.exists():
-        target.rename(real)
-    target.unlink(missing_ok=True)
     own, rest = HOME / f"{source.stem}.o", HOME / f"{source.stem}_rest.c"
     run("gcc", "-c", "-fPIC", "-w", *flags, source, "-o", own)
-    if real.exists():
+    if not names:  # there is an original
+        real = target.with_name(f"{target.name}.real")
+        if not real.exists():
+            target.rename(real)
         names = {n.split("@")[0] for n in defined("-D", real)}
     left = sorted(n for n in names - set(defined(own)) if re.fullmatch(r"_*cu\w+", n))
-    rest.write_text(
-        LEFT_OVER + "".join(f'long {n}(void) {{ return nothing("{n}"); }}\n' for n in left)
-    )
-    run(
-        "gcc",
-        "-shared",
-        "-fPIC",
-        "-w",
-        rest,
-        own,
-        f"-Wl,-soname,{target.name}",
-        *linking,
-        "-o",
-        target,
-    )
+    lines = (f'long {n}(void) {{ return nothing("{n}"); }}\n' for n in left)
+    rest.write_text(LEFT_OVER + "".join(lines))
+    linking = (*linking, f"-Wl,-soname,{target.name}", "-o", target)
+    run("gcc", "-shared", "-fPIC", "-w", rest, own, *linking)
     made.touch()
 
 
