@@ -6,10 +6,11 @@ PY = $(VENV)/bin/python
 READY = $(VENV)/.ready
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES = $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.inl csrc/*/*.cpp csrc/*/*.cu bench/*.cpp)
+FORMATTED = $(SOURCES) $(wildcard tests/software_gpu/*.c tests/software_gpu/*.cpp tests/stubbed/stubs/*)
 THREADS ?= 1
 CLANG_FORMAT = $(VENV)/bin/clang-format
 
-.PHONY: setup demo test lint format bench models peers gpu sanitize clean
+.PHONY: setup demo test lint format bench models peers gpu gpu-dry sanitize clean
 
 setup: $(READY)
 
@@ -35,10 +36,10 @@ test: setup
 
 lint: setup
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	$(CLANG_FORMAT) --dry-run --Werror $(SOURCES)
+	$(CLANG_FORMAT) --dry-run --Werror $(FORMATTED)
 
 format: setup
-	$(PY) -m ruff check --fix . ; $(PY) -m ruff format . ; $(CLANG_FORMAT) -i $(SOURCES)
+	$(PY) -m ruff check --fix . ; $(PY) -m ruff format . ; $(CLANG_FORMAT) -i $(FORMATTED)
 
 bench: setup
 	$(PY) bench/run.py --suite summary --threads $(THREADS)
@@ -54,6 +55,10 @@ peers: setup
 # SUITE takes some of them, OUT says where the results go, GPU_ARGS is handed through.
 gpu:
 	PYTHONPATH=.:bench $(PYTHON) -m gpu $(if $(SUITE),--suite $(SUITE)) $(if $(OUT),--out $(OUT)) $(GPU_ARGS)
+
+# The same tests on a machine without a GPU, see tests/software_gpu; DRY_ARGS goes to pytest.
+gpu-dry:
+	$(PYTHON) tests/software_gpu/dry.py $(DRY_ARGS)
 
 # The native half with the address and undefined-behaviour sanitizers, under the tests of the ops.
 sanitize: setup

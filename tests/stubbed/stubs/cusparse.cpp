@@ -73,11 +73,13 @@ void stub_refuse_half(int on) {
 void stub_greedy(int on) {
   greedy = on != 0;
 }
+#ifndef STUB_CUDA_TORCH
 // Of the stable ABI of a CUDA torch.
 int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
   *stream = reinterpret_cast<void*>(0x5eed);
   return 0;
 }
+#endif
 
 cusparseStatus_t cusparseGetProperty(libraryPropertyType type, int* value) {
   const int version[] = {12, 6, 3};
@@ -143,7 +145,7 @@ cusparseStatus_t cusparseSpMM_preprocess(cusparseHandle_t handle, cusparseOperat
                                          cusparseConstSpMatDescr_t a, cusparseConstDnMatDescr_t b,
                                          const void*, cusparseDnMatDescr_t c, cudaDataType compute,
                                          cusparseSpMMAlg_t algorithm, void* buffer) {
-  if (!handle->stream || !buffer) return count("spmm preprocess", false);
+  if (!is_stream(handle->stream) || !buffer) return count("spmm preprocess", false);
   auto* m = const_cast<cusparseSpMatDescr*>(a);
   m->prepared = buffer, m->algorithm = algorithm;
   count("spmm preprocess", true);
@@ -157,11 +159,12 @@ cusparseStatus_t cusparseSpMM(cusparseHandle_t handle, cusparseOperation_t op_a,
   const bool prepared =
       algorithm == CUSPARSE_SPMM_CSR_ALG2 || (a->prepared == buffer && a->algorithm == algorithm);
   const bool plain = op_a == CUSPARSE_OPERATION_NON_TRANSPOSE && op_a == op_b;
-  if (!handle->stream || !prepared || !plain) return count("spmm", false);
+  if (!is_stream(handle->stream) || !prepared || !plain) return count("spmm", false);
   const cusparseStatus_t status = spmm_terms(a, b, c, compute, algorithm);
   if (status != CUSPARSE_STATUS_SUCCESS) return status;
   const double scale = scalar(alpha, compute);
   if (scalar(beta, compute) != 0) return count("spmm", false);
+  if (skips_products()) return count("spmm", true);
   for (int64_t r = 0; r < a->rows; ++r)
     for (int64_t t = 0; t < c->cols; ++t) {
       double sum = 0;
@@ -196,9 +199,10 @@ cusparseStatus_t cusparseSDDMM(cusparseHandle_t handle, cusparseOperation_t op_a
   const bool turned = op_a == CUSPARSE_OPERATION_TRANSPOSE;
   const int64_t rows = turned ? a->cols : a->rows, tokens = turned ? a->rows : a->cols;
   const bool fits = rows == c->rows && b->rows == tokens && b->cols == c->cols;
-  if (!handle->stream || c->prepared != buffer || !fits || scalar(beta, compute) != 0 ||
+  if (!is_stream(handle->stream) || c->prepared != buffer || !fits || scalar(beta, compute) != 0 ||
       op_b != CUSPARSE_OPERATION_NON_TRANSPOSE)
     return count("sddmm", false);
+  if (skips_products()) return count("sddmm", true);
   for (int64_t r = 0; r < c->rows; ++r)
     for (int32_t i = c->crow[r]; i < c->crow[r + 1]; ++i) {
       double sum = 0;
