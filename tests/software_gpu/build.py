@@ -23,16 +23,9 @@ TREE = HOME / "tree"
 STUBS = ROOT / "tests/stubbed/stubs"
 # Triton 3.6, which this torch wants, cannot interpret beside numpy 2.4 and later.
 PACKAGES = (
-    *(
-        "torch==2.11.0",
-        "nvidia-cuda-crt>=13,<13.1",
-        "nvidia-cuda-cccl>=13,<13.1",
-        "numpy<2.4",
-        "nvidia-ml-py",
-        "safetensors",
-    ),
-    *("pytest", "hypothesis", "expecttest", "rich", "matplotlib", "jinja2", "scipy"),
-    *("setuptools>=77", "wheel", "ninja"),
+    *("torch==2.11.0", "nvidia-cuda-crt>=13,<13.1", "nvidia-cuda-cccl>=13,<13.1", "numpy<2.4"),
+    *("nvidia-ml-py", "safetensors", "rich", "matplotlib", "jinja2", "scipy"),
+    *("pytest", "hypothesis", "expecttest", "setuptools>=77", "wheel", "ninja"),
 )
 BACKEND = "software_gpu_aten"
 LEFT_OVER = """#include <stdio.h>
