@@ -112,6 +112,12 @@ def _check_csr(op, x, values, crow, col) -> None:
         refuse(op, f"col of {values.numel()} entries", col.numel())
 
 
+def _check_pattern(op: str, plan: Tensor | None, crow: Tensor, col: Tensor, cols: int) -> None:
+    """Without a plan that vouches for it, look at every index; waits for the device."""
+    if plan is None or plan.numel() == 0:
+        check_indices(op, crow, col, cols)
+
+
 def _linear(x, values, crow, col, bias=None, plan=None, plan_t=None, activation="none"):
     call = call_key(x, values, bias, crow, col, activation)
     y = quick_call(plan, call, x, values, bias)
@@ -121,6 +127,7 @@ def _linear(x, values, crow, col, bias=None, plan=None, plan_t=None, activation=
     _check_csr(op, x, values, crow, col)
     check_activation(op, activation)
     check_bias(op, bias, x, rows)
+    _check_pattern(op, plan, crow, col, cols)
     with torch.cuda.device_of(x):
         flat, values = aligned(x.reshape(-1, cols)), aligned(values)
         tokens = flat.shape[0]
@@ -305,6 +312,7 @@ def _grad_values(grad, x, crow, col, plan):
     check_operand(op, "crow", crow, x, torch.int32)
     check_operand(op, "col", col, x, torch.int32)
     check_shape(op, "grad", grad, (*x.shape[:-1], rows))
+    _check_pattern(op, plan, crow, col, cols)
     with torch.cuda.device_of(x):
         flat, x2d = aligned(grad.reshape(-1, rows)), aligned(x.reshape(-1, cols))
 

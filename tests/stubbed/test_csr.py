@@ -250,3 +250,12 @@ def test_a_freed_plan_is_refused():
     x, values, _, _ = problem(torch.float32)
     with pytest.raises(RuntimeError, match="expected the number of a live plan, got 987654"):
         torch.ops.sparsekern._cusparse_spmm(987654, values, x, x)
+
+
+def test_without_a_plan_every_index_is_looked_at():
+    """Nothing vouches for it then, and a kernel would read past the end of x."""
+    x, values, crow, col = problem(torch.float32)
+    with pytest.raises(RuntimeError, match=r"csr_linear: expected col to rise .* in \[0, 37\)"):
+        csr_cuda._linear(x, values, crow, col + 37)
+    with pytest.raises(RuntimeError, match=r"csr_linear_grad_values: expected col to rise"):
+        csr_cuda._grad_values(torch.randn(9, 21), x, crow, col + 37, None)
