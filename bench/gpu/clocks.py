@@ -98,8 +98,6 @@ def captured(calls: Sequence[Call], device: torch.device) -> Captured:
     Raises:
         RuntimeError: one of the calls cannot be captured.
     """
-    for call in calls:
-        call()
     once_ms = min(_events(_in_turn(calls), device)(len(calls)) for _ in range(2)) * 1e3
     passes = max(1, min(MAX_CALLS // len(calls), round(MIN_GRAPH_MS / max(once_ms, 1e-6))))
     graph = capture(calls, device, passes)

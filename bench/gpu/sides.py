@@ -162,7 +162,7 @@ def torch_csr(p: Problem) -> Built:
     """torch.sparse: cuSPARSE as torch calls it."""
     if p.pattern != "unstructured":
         raise TypeError("unstructured only")
-    bias = p.bias.unsqueeze(1).expand(-1, len(p.x))  # it adds whole tiles
+    bias = p.bias.unsqueeze(1)
 
     def build() -> Call:
         weight = p.weight.to_sparse_csr()

@@ -1,6 +1,6 @@
 """`make gpu-dry`: the tests marked `gpu` on a GPU made of software, see README.md.
 
-python tests/software_gpu/dry.py                                # all: the better part of an hour
+python tests/software_gpu/dry.py                                # all: an hour or more
 python tests/software_gpu/dry.py tests/gpu/test_gpu_ops.py -k float32   # arguments of pytest
 python tests/software_gpu/dry.py --sweeps --suite block         # of `python -m gpu`
 """
