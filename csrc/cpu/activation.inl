@@ -16,17 +16,21 @@ SK_INLINE Vec exp_negative(Vec x) {
   return p * exp2i(n);
 }
 
+// x Phi(x) = max(x, 0) - a Phi(-a) with a = |x|: what is taken away is small, so its error does not
+// grow with x. Phi(-a) as a polynomial of degree 15 in u, that maps [0, 5.4] to [-1, 1]; its
+// coefficients minimise the largest a |error| (Lawson's weighted least squares) and make it zero
+// at the end. Error below 5e-7, and 5e-7 of the result from -1 on. No exponential, no division.
 SK_INLINE Vec gelu(Vec x) {
-  // erf by Abramowitz and Stegun 7.1.26, absolute error below 1.5e-7.
-  const Vec z = abs(x) * Vec::set(0.70710678f);
-  const Vec t = Vec::set(1.f) / fma(z, Vec::set(0.3275911f), Vec::set(1.f));
-  Vec p = Vec::set(1.061405429f);
-  p = fma(p, t, Vec::set(-1.453152027f));
-  p = fma(p, t, Vec::set(1.421413741f));
-  p = fma(p, t, Vec::set(-0.284496736f));
-  p = fma(p, t, Vec::set(0.254829592f));
-  const Vec erf_z = Vec::set(1.f) - p * t * exp_negative(Vec::set(0.f) - z * z);
-  return Vec::set(0.5f) * x * (Vec::set(1.f) + copy_sign(erf_z, x));
+  const Vec a = min(Vec::set(5.40000057f), abs(x));
+  const Vec u = fma(a, Vec::set(0.370370328f), Vec::set(-1.f));
+  const float coefficients[] = {0.00639204914f, 0.0267560594f,  -0.0437610894f, -0.0369153433f,
+                                0.122022696f,   -0.0476773307f, -0.136276469f,  0.211503714f,
+                                -0.0716541857f, -0.154926822f,  0.267251283f,   -0.215004414f,
+                                0.102558725f,   -0.0281369947f, 0.00346696749f};
+  Vec p = Vec::set(-0.00559884915f);
+#pragma GCC unroll 15
+  for (float c : coefficients) p = fma(p, u, Vec::set(c));
+  return fma(Vec::set(0.f) - a, p, max(Vec::set(0.f), x));
 }
 
 SK_INLINE Vec gelu_tanh(Vec x) {
