@@ -268,8 +268,7 @@ class SparseConv2d(_SparseLayer):
             setattr(self, name, getattr(conv, name))
         # (left, right, top, bottom), as F.pad takes it
         self._pads = tuple(conv._reversed_padding_repeated_twice)
-        even = self._pads[0] == self._pads[1] and self._pads[2] == self._pads[3]
-        self._pad_first = self.padding_mode != "zeros" or not even
+        self._padding = _op_padding(self._pads)
 
     @classmethod
     def from_dense(
@@ -303,28 +302,32 @@ class SparseConv2d(_SparseLayer):
         return _dense_twin(self, conv, self.weight.to_dense().detach())
 
     def forward(
-        self, x: Tensor, residual: Tensor | None = None, activation: str | None = None
-    ) -> Tensor:
+        self, x: Tensor, residual: Tensor | None = None, activation: str | None = None,
+        pads: tuple[int, int, int, int] | None = None,
+    ) -> Tensor:  # fmt: skip
         """Y = act(conv2d(x, W) + b + residual).
 
         Args:
             x: `(n, in, h, w)` or `(in, h, w)`.
             residual: Of the shape of y; what a block of a residual network adds.
             activation: Instead of that of the layer.
+            pads: Zeros around x before the padding of the layer, `(left, right, top, bottom)` as
+                `torch.nn.functional.pad` takes them.
         """
         if x.dim() == 3:
             batch = None if residual is None else residual.unsqueeze(0)
-            return self.forward(x.unsqueeze(0), batch, activation).squeeze(0)
+            return self.forward(x.unsqueeze(0), batch, activation, pads).squeeze(0)
         if x.dim() == 4 and x.shape[1] != self.in_channels:
             raise RuntimeError(
                 f"SparseConv2d: expected x with {self.in_channels} channels, got {x.shape[1]}"
             )
         x, dtype = self._autocast(x)
-        padding = (self._pads[2], self._pads[0])
-        if self._pad_first:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            x = nn.functional.pad(x, self._pads, mode)
-            padding = (0, 0)
+        padding = self._padding
+        if self.padding_mode != "zeros":
+            x = x if pads is None else nn.functional.pad(x, pads)
+            x, padding = nn.functional.pad(x, self._pads, self.padding_mode), (0, 0)
+        elif pads is not None:
+            padding = _op_padding([a + b for a, b in zip(self._pads, pads, strict=True)])
         if residual is not None and residual.dtype != x.dtype:  # under autocast
             residual = residual.to(x.dtype)
         y = self.weight.conv2d(
@@ -340,6 +343,12 @@ class SparseConv2d(_SparseLayer):
             f"stride={self.stride}, padding={self.padding}, dilation={self.dilation}, "
             f"groups={self.groups}, bias={self.bias is not None}, activation={self.activation}"
         )
+
+
+def _op_padding(pads) -> tuple[int, ...]:
+    """(left, right, top, bottom) as the ops take it: (top, left), and (bottom, right) if uneven."""
+    left, right, top, bottom = pads
+    return (top, left) if (top, left) == (bottom, right) else (top, left, bottom, right)
 
 
 def _sparsify(op, weight, sparsity, pattern, format, groups) -> SparseWeight:

@@ -3,6 +3,7 @@
 import torch
 
 from sparsekern.ops import block, block_conv, conv, csr, nm, nm_conv
+from sparsekern.ops.uneven import pad_first
 
 OPS = {
     "csr_linear": (csr.csr_linear, csr._linear_reference),
@@ -12,6 +13,7 @@ OPS = {
     "nm_linear": (nm.nm_linear, nm._linear_reference),
     "nm_conv2d": (nm_conv.nm_conv2d, nm_conv._conv_reference),
 }
+OPS = {name: (op, pad_first(name, reference)) for name, (op, reference) in OPS.items()}
 # ||got - want|| / ||want||. The products of 2:4 weights in float32 round their operands to TF32.
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 TF32 = 1e-3

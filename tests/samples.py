@@ -130,7 +130,8 @@ def _other_conv(n, c, size, out, kernel, block=None, nm=None, sparsity=0.5, *, s
         x = torch.randn(n, c, *size, dtype=torch.float64).to(dtype)
         b = torch.randn(out, dtype=torch.float64).to(dtype) if bias else None
         plans = [plan_op(*index, *sizes, groups, taps, t) if plan else None for t in (False, True)]
-        geometry = [[v, v] for v in (kernel, stride, padding, dilation)]
+        geometry = [[v, v] if isinstance(v, int) else list(v)
+                    for v in (kernel, stride, padding, dilation)]  # fmt: skip
         return x, values.to(dtype), *index, b, *plans, *tail, *geometry, groups, act
 
     last = 4 if block else 3
@@ -245,6 +246,12 @@ CONV = [
     _conv(1, 3, (40, 39), 3, 5, 0.0, stride=2, padding=(3, 0), groups=3, plan=False),
     _conv(2, 4, (20, 33), 8, 3, 0.4, padding=1, groups=4, act="gelu_tanh", residual=True),
     _conv(1, 3, (16, 40), 3, (3, 5), 0.2, stride=(1, 2), padding=(1, 4), dilation=2, groups=3),
+    # zeros that differ from side to side: (top, left, bottom, right)
+    _conv(2, 6, (14, 18), 8, 3, 0.6, stride=2, padding=(0, 0, 1, 1), act="relu"),
+    _conv(2, 5, (9, 33), 7, (4, 2), 0.5, padding=(1, 0, 2, 1), residual=True),
+    _conv(1, 6, (40, 38), 6, 3, 0.0, stride=2, padding=(0, 0, 1, 1), groups=6, act="relu6"),
+    _conv(1, 4, (30, 21), 4, 5, 0.0, padding=(0, 3, 4, 1), groups=4, bias=False),
+    _conv(1, 16, (28, 28), 12, 3, 0.9, padding=(2, 0, 0, 2), residual=True, act="gelu"),
     _conv(1, 3, (2, 3), 3, 3, 0.0, padding=4, groups=3),
 ]
 
@@ -287,6 +294,7 @@ BLOCK_CONV = [
     _other_conv(0, 4, (8, 8), 4, 3, (2, 2), padding=1),
     _other_conv(1, 3, (7, 7), 4, 3, (2, 2), sparsity=1.0, act="gelu"),
     _other_conv(2, 20, (14, 14), 33, 3, (16, 1), padding=1, plan=False),
+    _other_conv(1, 6, (10, 13), 8, 3, (4, 2), stride=2, padding=(0, 1, 1, 0), act="relu"),
 ]
 NM_CONV = [
     _other_conv(2, 8, (9, 14), 6, 3, nm=(2, 4), padding=1),
@@ -295,6 +303,7 @@ NM_CONV = [
     _other_conv(3, 16, (8, 8), 7, 1, nm=(4, 16)),
     _other_conv(0, 4, (8, 8), 4, 3, nm=(2, 4), padding=1),
     _other_conv(1, 20, (7, 7), 5, 3, nm=(3, 8), plan=False, act="gelu"),
+    _other_conv(2, 8, (10, 13), 6, 3, nm=(2, 4), stride=2, padding=(0, 1, 1, 0)),
 ]
 
 SAMPLES = {

@@ -127,7 +127,10 @@ def test_conv_arguments():
     refuses("csr_conv2d: expected x with 4 dimensions, got shape", lambda: conv(x[0]))
     refuses(r"kernel_size of two integers >= 1, got \(3\)", lambda: conv(kernel=[3]))
     refuses(r"stride of two integers >= 1, got \(0, 1\)", lambda: conv(stride=[0, 1]))
-    refuses(r"padding of two integers >= 0, got \(-1, 0\)", lambda: conv(padding=[-1, 0]))
+    refuses(r"padding of two or four integers >= 0, got \(-1, 0\)", lambda: conv(padding=[-1, 0]))
+    refuses(
+        r"padding of two or four integers >= 0, got \(1, 0, 1\)", lambda: conv(padding=[1, 0, 1])
+    )
     refuses(r"dilation of two integers >= 1", lambda: conv(dilation=[1, 0]))
     refuses(
         "groups that divide in_channels = 2 and out_channels = 4, got 3", lambda: conv(groups=3)

@@ -11,6 +11,7 @@ from samples import SAMPLES, csr_of, random_blocks, random_nm, random_weight
 import sparsekern as sk
 from sparsekern._load import _C
 from sparsekern.ops import block, block_conv, conv, csr, nm, nm_conv
+from sparsekern.ops.uneven import pad_first
 
 OPS = {
     "csr_linear": csr.csr_linear,
@@ -28,6 +29,7 @@ REFERENCES = {
     "nm_linear": nm._linear_reference,
     "nm_conv2d": nm_conv._conv_reference,
 }
+REFERENCES = {name: pad_first(name, function) for name, function in REFERENCES.items()}
 EPSILON = {torch.float64: 1e-15, torch.float32: 1.2e-7, torch.bfloat16: 8e-3}
 
 cases = [

@@ -14,7 +14,7 @@ namespace sparsekern {
 struct Conv {
   int64_t images, in_channels, height, width, out_channels, out_h, out_w, kernel_h, kernel_w,
       groups;
-  std::vector<int64_t> stride, padding, dilation;
+  std::vector<int64_t> stride, padding, dilation;  // padding at the top and at the left
   int64_t taps() const { return kernel_h * kernel_w; }
   int64_t in_per_group() const { return in_channels / groups; }
   int64_t out_per_group() const { return out_channels / groups; }
@@ -88,16 +88,20 @@ inline void make_planes(const float* src, int64_t images, int64_t channels, cons
   });
 }
 
-inline void check_pair(const std::string& op, const char* name, const std::vector<int64_t>& v,
-                       int64_t least) {
-  if (v.size() != 2 || v[0] < least || v[1] < least) {
-    std::string have;
-    for (int64_t i : v) have += (have.empty() ? "" : ", ") + std::to_string(i);
-    fail(op, std::string(name) + " of two integers >= " + std::to_string(least), "(" + have + ")");
-  }
+inline void check_integers(const std::string& op, const std::string& wanted, bool right_count,
+                           const std::vector<int64_t>& v, int64_t least) {
+  if (right_count && *std::min_element(v.begin(), v.end()) >= least) return;
+  std::string have;
+  for (int64_t i : v) have += (have.empty() ? "" : ", ") + std::to_string(i);
+  fail(op, wanted + " integers >= " + std::to_string(least), "(" + have + ")");
 }
 
-// The arguments of nn.Conv2d.
+inline void check_pair(const std::string& op, const char* name, const std::vector<int64_t>& v,
+                       int64_t least) {
+  check_integers(op, std::string(name) + " of two", v.size() == 2, v, least);
+}
+
+// The arguments of nn.Conv2d; padding of four integers is (top, left, bottom, right).
 struct Geometry {
   const std::vector<int64_t>&kernel, &stride, &padding, &dilation;
   int64_t groups;
@@ -107,7 +111,8 @@ inline Conv make_conv(const std::string& op, const std::vector<int64_t>& input, 
                       const Geometry& g) {
   check_pair(op, "kernel_size", g.kernel, 1);
   check_pair(op, "stride", g.stride, 1);
-  check_pair(op, "padding", g.padding, 0);
+  check_integers(op, "padding of two or four", g.padding.size() == 2 || g.padding.size() == 4,
+                 g.padding, 0);
   check_pair(op, "dilation", g.dilation, 1);
   if (g.groups < 1 || input[1] % g.groups || rows % g.groups)
     fail(op,
@@ -115,7 +120,8 @@ inline Conv make_conv(const std::string& op, const std::vector<int64_t>& input, 
              " and out_channels = " + std::to_string(rows),
          std::to_string(g.groups));
   const auto size = [&](int64_t n, int i) {
-    const int64_t span = n + 2 * g.padding[i] - g.dilation[i] * (g.kernel[i] - 1) - 1;
+    const int64_t after = g.padding[g.padding.size() - 2 + i];
+    const int64_t span = n + g.padding[i] + after - g.dilation[i] * (g.kernel[i] - 1) - 1;
     if (span < 0)
       fail(op, "an input at least as large as the kernel",
            "input size " + std::to_string(n) + " with kernel_size " + std::to_string(g.kernel[i]));

@@ -7,6 +7,7 @@ from torch.library import Library
 
 from .. import _load as _load  # loads the compiled kernels, which register themselves
 from .cuda_support import state_once
+from .uneven import pad_first
 
 LIBRARY = Library("sparsekern", "DEF")
 # Kernels of a device win over this key; it serves every device that has none.
@@ -36,14 +37,14 @@ class CUDA:
     @staticmethod
     def impl(name: str, function) -> None:
         """Register a function for an op, by its name without namespace."""
-        _CUDA.impl(name, without_views(function))
+        _CUDA.impl(name, without_views(pad_first(name, function)))
 
 
 def define(schema: str, reference, fake):
     """Defines an op with its reference implementation and its fake; returns the op."""
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _FALLBACK.impl(name, without_views(_stating(name, reference)))
+    _FALLBACK.impl(name, without_views(_stating(name, pad_first(name, reference))))
     torch.library.register_fake(f"sparsekern::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.sparsekern, name).default
 

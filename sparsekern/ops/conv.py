@@ -26,8 +26,9 @@ GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int 
 
 def output_size(size, kernel_size, stride, padding, dilation):
     """Height and width after a convolution (nn.Conv2d's formula)."""
+    after = padding[-2:]  # of two integers the same, of four (bottom, right)
     return tuple(
-        (size[i] + 2 * padding[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
+        (size[i] + padding[i] + after[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
         for i in (0, 1)
     )
 
