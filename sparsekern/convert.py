@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .blocks import FusedBlock, fused_blocks
 from .candidate import (
     Candidate,
     check_graphs,
@@ -30,7 +31,6 @@ from .parts import RootSlot, faster_in_parts
 from .patterns import detect
 from .pool import ChannelsLastMaxPool2d, faster_pools
 from .progress import track
-from .residual import FusedBlock, residual_sums
 from .sites import Site, find_sites, group_tied
 from .tune import (
     MIN_GAIN,
@@ -158,7 +158,7 @@ def _convert(job: _Job, candidates: list[Candidate], progress: bool | None) -> n
         taken = [c for c in candidates if c.take]
         converted = swap(job.model, taken)
         if taken and job.fuse and job.mode == "inference" and _on_cpu(taken):
-            taken[0].fused += residual_sums(converted, job.inputs)
+            taken[0].fused += fused_blocks(converted, job.inputs)
         if taken and job.inputs is not None:
             converted = _confirm(job, converted, taken, result)
     except BaseException:  # Ctrl-C too: the model goes back as it came

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import nn
 
+from .blocks import restore_blocks
 from .chain import slots
 from .conversion import REPORT
 from .fuse import FusedActivation
 from .norm import ContiguousBatchNorm2d, restore_norms
 from .parts import restore_whole_batches
 from .pool import restore_pools
-from .residual import restore_residuals
 from .sites import find_sparse
 
 
@@ -26,7 +26,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     restored = _restore_activations(model)
     restore_pools(model)
     restore_norms(model, restored)
-    restore_residuals(model)
+    restore_blocks(model)
     restore_whole_batches(model)
     tied: dict[int, nn.Parameter] = {}
     for site in find_sparse(model):

@@ -10,7 +10,7 @@ from fuse_common import forced, fused, prepared
 from torch import nn
 
 import sparsekern as sk
-from sparsekern.residual import FusedBlock
+from sparsekern.blocks import FusedBlock
 
 
 @pytest.fixture(autouse=True)
