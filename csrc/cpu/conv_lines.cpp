@@ -35,6 +35,18 @@ const uint16_t* line_offsets(const PlanView& plan, const std::vector<uint16_t>& 
   return out;
 }
 
+// A panel writes a few lines of each row of the matrix, far apart, so that lines that have left the
+// L2 cache cost much to read before they are written. See bench/NOTES.md.
+constexpr int64_t kStreamFloats = int64_t{4} << 18;  // 4 MiB
+
+bool can_stream(const LineConv& c) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  const Sink& s = c.o.sink;
+  const bool whole = s.pixels % kLine == 0 && (c.layout.in_place || c.layout.out_w % kLine == 0);
+  return whole && c.o.tokens * s.stride >= kStreamFloats &&
+         reinterpret_cast<uintptr_t>(s.data) % 64 == 0;
+}
+
 void run_strip(const LineConv& c, const Strip& s) {
   const LineLayout& l = c.layout;
   const int64_t rows = largest_row_block(c.plan), taps = static_cast<int64_t>(l.tap_line.size());
@@ -66,7 +78,7 @@ void run_strip(const LineConv& c, const Strip& s) {
   const int64_t at = s.image * c.o.sink.stride * pixels + s.row0 * l.out_w;
   a.out = c.o.sink.data + at;
   a.residual = c.o.residual ? c.o.residual + at : nullptr;
-  a.pixels = pixels, a.vectors = panel_vectors(), a.sums = scratch;
+  a.pixels = pixels, a.stream = can_stream(c), a.vectors = panel_vectors(), a.sums = scratch;
   kernels().spmm_lines(a);
 }
 

@@ -34,8 +34,8 @@ SK_INLINE Vec load_line(const float* row, const LineOut& lines, int64_t j) {
   return Vec::load(row + lines.at[j], lines.lanes[j]);
 }
 
-SK_INLINE void store_line(Vec v, float* row, const LineOut& lines, int64_t j) {
-  if (lines.lanes[j] == Vec::N) v.store(row + lines.at[j]);
+SK_INLINE void store_line(Vec v, float* row, const LineOut& lines, int64_t j, bool stream = false) {
+  if (lines.lanes[j] == Vec::N) stream ? v.stream(row + lines.at[j]) : v.store(row + lines.at[j]);
   else v.store(row + lines.at[j], lines.lanes[j]);
 }
 
@@ -60,7 +60,7 @@ SK_INLINE void finish_row(const RowSums& c, int64_t row, int64_t panel, int64_t 
     if (c.activation != kNone) v = max(Vec::set(0.f), v);
     if (c.activation == kRelu6) v = min(Vec::set(6.f), v);
     float* to = p + (first + j) * Vec::N;
-    if (c.lines) store_line(v, p, *c.lines, first + j);
+    if (c.lines) store_line(v, p, *c.lines, first + j, c.stream);
     else c.stream ? v.stream(to) : v.store(to);
   }
 }

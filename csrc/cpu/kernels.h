@@ -139,6 +139,7 @@ struct LineArgs {
   float* out;                     // first row of the strip, of row 0 of the matrix
   int64_t pixels;                 // floats between two rows of the matrix
   const float* residual;          // laid out as `out`, added before the activation; or null
+  bool stream;                    // write around the caches; every line of `out` is whole
   int64_t vectors;                // lines per panel
   float* sums;                    // (rows of a block, n_lines) lines
 };

@@ -69,7 +69,7 @@ void line_panel(const LineArgs& a, int64_t b, int64_t k, int64_t line0, const fl
                        plan.n_tiles[g], {nullptr, a.packed + first, a.lines + first},
                        source + line0 * Vec::N,
                        {sums, row0, a.bias, k == 0, last && direct ? out : nullptr, a.pixels,
-                        a.activation, false, &lines, residual});
+                        a.activation, a.stream, &lines, residual});
   if (!last || direct) return;
   for (int64_t r = 0; r < rows; ++r, sums += R * Vec::N)
     for (int j = 0; j < R; ++j) {
@@ -110,6 +110,7 @@ void spmm_lines(const LineArgs& a) {
         line += r;
       }
     }
+  if (a.stream) Vec::stream_end();
 }
 
 }  // namespace
