@@ -17,7 +17,7 @@ import torch
 from torch.nn.functional import conv2d, pad
 
 from . import conv, csr_cuda
-from ._library import CUDA, check_activation, check_indices
+from ._library import CUDA, check_activation
 from .conv_cuda import (
     check_image,
     conv_key,
@@ -51,8 +51,7 @@ def _conv(
     csr_cuda._check_csr(op, x, values, crow, col)
     check_activation(op, activation)
     check_bias(op, bias, x, rows)
-    if plan is None or plan.numel() == 0:
-        check_indices(op, crow, col, cols)
+    csr_cuda._check_pattern(op, plan, crow, col, cols)
 
     def dense():
         weight = csr_cuda.dense_weight(values, crow, col, cols)
@@ -151,6 +150,7 @@ def _grad_input(
     y = grad.new_empty(grad.shape[0], channels, height, width)
     shape = (rows, channels // groups, *kernel_size)
     cols = shape[1] * taps
+    csr_cuda._check_transposed(op, plan_t, crow, col, cols)
 
     def dense():
         weight = csr_cuda.dense_weight(values, crow, col, cols).view(shape)
@@ -178,8 +178,7 @@ def _grad_values(grad, x, crow, col, plan, kernel_size, stride, padding, dilatio
     if is_pointwise(kernel_size, stride, padding, groups):
         flat, seen = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (grad, x))
         return csr_cuda._grad_values(flat, seen, crow, col, plan)
-    if plan is None or plan.numel() == 0:
-        check_indices(op, crow, col, cols)
+    csr_cuda._check_pattern(op, plan, crow, col, cols)
     shape = (rows, x.shape[1] // groups, *kernel_size)
 
     def dense():

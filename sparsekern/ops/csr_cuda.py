@@ -115,7 +115,15 @@ def _check_csr(op, x, values, crow, col) -> None:
 def _check_pattern(op: str, plan: Tensor | None, crow: Tensor, col: Tensor, cols: int) -> None:
     """Without a plan that vouches for it, look at every index; waits for the device."""
     if plan is None or plan.numel() == 0:
+        if capturing(crow):
+            refuse(op, "a plan made by csr_plan while a CUDA graph is captured", "none")
         check_indices(op, crow, col, cols)
+
+
+def _check_transposed(op: str, plan_t: Tensor | None, crow, col, cols: int) -> None:
+    """Likewise for the gradient of x; what the first call has made for an empty plan_t vouches."""
+    if plan_t is None or recall(plan_t) is None:
+        _check_pattern(op, plan_t, crow, col, cols)
 
 
 def _linear(x, values, crow, col, bias=None, plan=None, plan_t=None, activation="none"):
@@ -269,6 +277,7 @@ def _grad_input(grad, values, crow, col, plan_t, in_features):
     op, rows = "csr_linear_grad_input", crow.numel() - 1
     _check_csr(op, grad, values, crow, col)
     check_last(op, grad, rows)
+    _check_transposed(op, plan_t, crow, col, in_features)
     with torch.cuda.device_of(grad):
         flat, values = aligned(grad.reshape(-1, rows)), aligned(values)
 
