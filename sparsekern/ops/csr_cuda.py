@@ -128,9 +128,12 @@ def _check_transposed(op: str, plan_t: Tensor | None, crow, col, cols: int) -> N
 
 def _linear(x, values, crow, col, bias=None, plan=None, plan_t=None, activation="none"):
     call = call_key(x, values, bias, crow, col, activation)
-    y = quick_call(plan, call, x, values, bias)
-    if y is not None:
-        return y
+    anew = partial(_timed_linear, call, x, values, crow, col, bias, plan, activation)
+    return quick_call("csr_linear", plan, call, (x, values, bias), anew)
+
+
+def _timed_linear(call, x, values, crow, col, bias, plan, activation):
+    """The product by the fastest way, which is remembered for the next such call."""
     op, rows, cols = "csr_linear", crow.numel() - 1, x.shape[-1]
     _check_csr(op, x, values, crow, col)
     check_activation(op, activation)

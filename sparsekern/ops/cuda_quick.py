@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from traceback import clear_frames
 
 import torch
 from torch import Tensor
 
 from .block_tuning import precision
-from .cuda_choice import chosen_way
+from .cuda_choice import chosen_way, first_line
 from .cuda_packed import PackedWay
-from .cuda_support import Record, recall, remember
+from .cuda_support import Record, recall, remember, state_once
 
 MAX_CALLS = 64  # of one plan; then all are forgotten
 
@@ -34,17 +35,27 @@ def call_key(x: Tensor, values: Tensor, bias: Tensor | None, *rest) -> tuple:
     )  # fmt: skip
 
 
-def quick_call(plan: Tensor | None, key: tuple, x, values, bias) -> Tensor | None:
-    """The product by the way that such a call took before; None where there was none."""
+def quick_call(
+    op: str, plan: Tensor | None, key: tuple, operands: tuple, otherwise: Callable[[], Tensor]
+) -> Tensor:
+    """The product by the way that such a call took before; where there was none, `otherwise()`.
+
+    `operands` are x, values and bias. An error of the way is the context of what `otherwise`
+    raises, and said once where that succeeds.
+    """
+    x, values, bias = operands
     record = recall(plan) if plan is not None else None
     way = record.quick.get(key) if record else None
     if way is None or not _plain(x, values):
-        return None
+        return otherwise()
     try:
         y = way(x if x.dim() == 2 else x.view(-1, x.shape[-1]), values, bias, plan)
-    except Exception:  # the long path tells what is wrong, and tries the others
+    except Exception as error:
         record.quick.pop(key, None)
-        return None
+        clear_frames(error.__traceback__)  # what it had allocated may be what is missing
+        y = otherwise()
+        state_once(f"{op} was computed anew after an error: {first_line(error)}")
+        return y
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
 

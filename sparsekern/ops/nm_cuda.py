@@ -90,9 +90,12 @@ def _check_nm(op: str, x, values, index, rows: int, cols: int, n: int, m: int) -
 
 def _linear(x, values, index, bias, plan, plan_t, n, m, activation="none"):
     call = call_key(x, values, bias, index, n, m, activation)
-    y = quick_call(plan, call, x, values, bias)
-    if y is not None:
-        return y
+    anew = partial(_timed_linear, call, x, values, index, bias, plan, n, m, activation)
+    return quick_call("nm_linear", plan, call, (x, values, bias), anew)
+
+
+def _timed_linear(call, x, values, index, bias, plan, n, m, activation):
+    """The product by the fastest way, which is remembered for the next such call."""
     op, rows, cols = "nm_linear", index.shape[0], x.shape[-1]
     _check_nm(op, x, values, index, rows, cols, n, m)
     check_activation(op, activation)
