@@ -35,44 +35,60 @@ def call_key(x: Tensor, values: Tensor, bias: Tensor | None, *rest) -> tuple:
     )  # fmt: skip
 
 
-def quick_call(
-    op: str, plan: Tensor | None, key: tuple, operands: tuple, otherwise: Callable[[], Tensor]
-) -> Tensor:
-    """The product by the way that such a call took before; where there was none, `otherwise()`.
+def conv_call_key(x: Tensor, values: Tensor, bias: Tensor | None, geometry: tuple, *rest) -> tuple:
+    """`call_key` of a convolution; the layout of x decides which way wins, though all take any."""
+    layout = x.is_contiguous(memory_format=torch.channels_last)
+    return call_key(x, values, bias, layout, geometry, *rest)
 
-    `operands` are x, values and bias. An error of the way is the context of what `otherwise`
-    raises, and said once where that succeeds.
+
+def quick_call(
+    op: str, plan: Tensor | None, key: tuple, operands: tuple, anew: Callable[[], Tensor],
+    images: bool = False,
+) -> Tensor:  # fmt: skip
+    """The product by the way that such a call took before; where there was none, `anew()`.
+
+    `operands` are x, values and bias: x `(..., in)`, or images of any strides.
     """
     x, values, bias = operands
     record = recall(plan) if plan is not None else None
     way = record.quick.get(key) if record else None
-    if way is None or not _plain(x, values):
-        return otherwise()
+    if way is None or not _plain(x, *((values,) if images else (x, values))):
+        return anew()
     try:
-        y = way(x if x.dim() == 2 else x.view(-1, x.shape[-1]), values, bias, plan)
+        if images or x.dim() == 2:
+            return way(x, values, bias, plan)
+        y = way(x.view(-1, x.shape[-1]), values, bias, plan)
+        return y.view(*x.shape[:-1], y.shape[-1])
     except Exception as error:
-        record.quick.pop(key, None)
-        clear_frames(error.__traceback__)  # what it had allocated may be what is missing
-        y = otherwise()
-        state_once(f"{op} was computed anew after an error: {first_line(error)}")
-        return y
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        return _again(op, record, key, error, anew)
 
 
-def _plain(x: Tensor, values: Tensor) -> bool:
+def _again(op: str, record: Record, key: tuple, error: Exception, anew) -> Tensor:
+    """The product after an error, inside of its handler: it is the context of what `anew` raises.
+
+    Where `anew` succeeds, the error is said once.
+    """
+    record.quick.pop(key, None)
+    clear_frames(error.__traceback__)  # what it had allocated may be what is missing
+    y = anew()
+    state_once(f"{op} was computed anew after an error: {first_line(error)}")
+    return y
+
+
+def _plain(x: Tensor, *read: Tensor) -> bool:
     """Whether nothing has to be copied, no device switched and no way avoided."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return False
     if torch.are_deterministic_algorithms_enabled():
         return False
-    return all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, values))
+    return all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in read)
 
 
 def keep_call(plan: Tensor | None, key: tuple, chosen: tuple, ways: dict[str, Callable]) -> None:
     """Remember the way chosen for `chosen` (see `run_fastest`) for calls with this key.
 
-    Ways are partials of functions of (x, values, bias, plan), with x as `(tokens, in)`. Nothing
-    else they hold may share memory with the plan, or it would live for ever.
+    Ways are partials of functions of (x, values, bias, plan), with x as `(tokens, in)` or images.
+    Nothing else they hold may share memory with the plan, or it would live for ever.
     """
     way = ways.get(chosen_way(chosen))
     if plan is None or plan.numel() == 0 or way is None:

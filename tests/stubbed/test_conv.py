@@ -27,7 +27,7 @@ def unfold(x, geometry, tap_major):
     kernel, stride, padding, dilation = geometry
     columns = torch.nn.functional.unfold(x, kernel, dilation, padding, stride)
     columns = turned(columns, x.shape[1], kernel[0] * kernel[1]) if tap_major else columns
-    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+    return columns.transpose(1, 2).reshape(-1, columns.shape[1]).contiguous()
 
 
 def fold(columns, size, geometry, tap_major):
