@@ -34,7 +34,7 @@ from .csr_conv_cuda import MAX_UNFOLDED
 from .cuda_choice import run_fastest, shape_key
 from .cuda_quick import conv_call_key, keep_call, quick_call
 from .cuda_support import aligned, check, check_bias, check_operand, finish, state_once
-from .nm import slot_columns, slot_count
+from .nm import slot_count
 from .nm_library import packed_way
 
 
@@ -43,12 +43,6 @@ def _dense(values, index, channels, n, m, kernel_size):
     taps = kernel_size[0] * kernel_size[1]
     weight = nm_cuda.expand(values.contiguous(), index.contiguous(), channels, n, m, taps)
     return weight.unflatten(1, (*kernel_size, channels)).permute(0, 3, 1, 2)
-
-
-def _check_index(op, plan, index, channels, n, m, taps) -> None:
-    """Without a plan that vouches for it, check every position; waits for the device."""
-    if plan is None or plan.numel() == 0:
-        slot_columns(op, index, channels, n, m, taps)
 
 
 def _conv(
@@ -70,10 +64,10 @@ def _timed_conv(call, x, values, index, bias, plan, n, m, geometry, activation):
     op, rows, (kernel_size, *_, groups) = nm_conv.CONV, index.shape[0], geometry
     channels, taps = x.shape[1] // groups, kernel_size[0] * kernel_size[1]
     shape = output_shape(op, x, rows, *geometry)
-    check_operand(op, "values", values, x, x.dtype)
+    nm_cuda.check_weight(op, x, values, index, channels, n, m, taps)
     check_activation(op, activation)
     check_bias(op, bias, x, rows)
-    _check_index(op, plan, index, channels, n, m, taps)
+    nm_cuda.check_index(op, plan, index, channels, n, m, taps)
 
     def dense(x, values, bias, plan):
         weight = _dense(values, index, channels, n, m, kernel_size)
@@ -155,7 +149,7 @@ def _grad_input(
     if is_pointwise(kernel_size, stride, padding, groups):
         arguments = (values, index, plan_t, channels, n, m)
         return pixels_linear(lambda flat: nm_cuda._grad_input(flat, *arguments), grad)
-    _check_index(op, plan_t, index, per_group, n, m, taps)
+    nm_cuda.check_index(op, plan_t, index, per_group, n, m, taps)
     shape = (grad.shape[0], channels, height, width)
 
     def dense():
@@ -201,7 +195,7 @@ def _grad_values(grad, x, index, plan_t, n, m, kernel_size, stride, padding, dil
     taps, channels = kernel_size[0] * kernel_size[1], x.shape[1] // groups
     check_operand(op, "grad", grad, x, x.dtype)
     check_operand(op, "index", index, x, torch.uint8)
-    _check_index(op, plan_t, index, channels, n, m, taps)
+    nm_cuda.check_index(op, plan_t, index, channels, n, m, taps)
     with torch.cuda.device_of(x):
         shape = (rows, channels, *kernel_size)
         dense = torch.nn.grad.conv2d_weight(x, shape, grad, stride, padding, dilation, groups)
