@@ -291,3 +291,17 @@ def test_nothing_is_looked_at_in_a_capture(given, monkeypatch):
         csr_cuda._grad_input(grad, values, crow, col, given, 37)
     with pytest.raises(RuntimeError, match=f"csr_linear_grad_values: {said}"):
         csr_cuda._grad_values(grad, x, crow, col, given)
+
+
+def test_an_empty_plan_serves_two_patterns(only):
+    """And both directions: nothing made for one of them is taken for another."""
+    empty, problems = torch.empty(0, dtype=torch.int32), []
+    for sparsity in (0.6, 0.8):
+        problems.append(problem(torch.float32, sparsity=sparsity))
+    only("cusparse 3c")
+    for x, values, crow, col in 2 * problems:
+        weight, grad = dense_of(values, crow, col, 37), torch.randn(9, 21)
+        y = csr_cuda._linear(x, values, crow, col, None, empty)
+        close(y, x.double() @ weight.t(), torch.float32)
+        back = csr_cuda._grad_input(grad, values, crow, col, empty, 37)
+        close(back, grad.double() @ weight, torch.float32)
