@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 
 import cases
 from gpu import __main__ as whole
-from gpu import build, clocks, machine, sides, suites, sweep, table
+from gpu import build, clocks, host, machine, sides, suites, sweep, table
 from gpu.journal import Journal
 
 from sparsekern.measure.energy import load_nvml
@@ -294,6 +294,33 @@ def test_the_way_an_op_went_is_part_of_a_point(monkeypatch):
     assert found["ways"] == {"csr_linear T<=64": "cusparse 2c"}
     lines = table._left_out([found])
     assert lines == ["left out: csr_linear by triton: no Triton (1 points)"]
+
+
+def test_what_a_call_takes_the_host():
+    work = suites.Work(cases.Conv(1, 16, 16, 4, 3), "unstructured", 0.5, "float32")
+    record = sweep.attempt("host", work, CPU, 0.01, machine.Card(CPU))
+    assert "failed" not in record, record
+    assert list(record["sides"]) == ["dense", "ours"]  # there is nothing to replay on a CPU
+    for role, side in record["sides"].items():
+        assert side["role"] == role and side["clock"] == "host" and side["median_ms"] > 0
+        assert side["max_rel_error"] < sides.TOLERANCE[torch.float32]
+    assert table._row({"suite": "host", **record})[7] == f"{record['speedup']['median']:.2f}"
+
+
+def test_the_host_never_waits_for_room_in_the_queue(monkeypatch):
+    """Nor does a sample count the waits between."""
+    done, queued = [], []
+
+    def wait(device):
+        done.append(len(queued))
+        queued.clear()
+
+    clock = iter(range(1000))
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr(host.time, "perf_counter", lambda: float(next(clock)))
+    sample = host.launches(lambda: queued.append(1), torch.device("cuda"))
+    assert sample(2 * host.CALLS + 7) == 3.0
+    assert done == [0, host.CALLS, host.CALLS] and len(queued) == 7
 
 
 def test_what_computes_something_else_stands_beside_ours():

@@ -159,6 +159,14 @@ def converter() -> Iterator[Work]:
     yield Work(Conv(32, 256, 256, 14, 3), "block:32x32", 0.8, "bfloat16", 0.95)
 
 
+def host() -> Iterator[Work]:
+    """Layers so small that the host takes longer than the device: what a call takes it."""
+    cases = (_linear((512, 512), 1), Conv(1, 64, 64, 8, 1), Conv(1, 64, 64, 8, 3))
+    for case in cases:
+        for pattern, sparsity in (("unstructured", 0.9), ("2:4", 0.5), ("block:32x32", 0.5)):
+            yield Work(case, pattern, sparsity, "bfloat16")
+
+
 # Name -> (points, share of the time that is left for sweeps). The order is that of a run.
 SUITES = {
     "nm_decode": (nm_decode, 3),
@@ -167,6 +175,7 @@ SUITES = {
     "nm_prefill": (nm_prefill, 4),
     "csr": (csr, 2),
     "conv": (conv, 2),
+    "host": (host, 1),
     "converter": (converter, 2),
     "training": (training, 1),
     "energy": (energy, 2),

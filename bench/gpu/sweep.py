@@ -19,7 +19,7 @@ import torch
 from baselines import first_line
 
 import sparsekern as sk
-from gpu import clocks, machine, sides
+from gpu import clocks, host, machine, sides
 from gpu.journal import Journal
 from gpu.machine import LOST, context_error
 from gpu.suites import SUITES, Work
@@ -84,13 +84,13 @@ def attempt(suite: str, work: Work, device: torch.device, budget_s: float, card)
         "tokens": work.case.tokens, "training": work.case.training, "pattern": work.pattern,
         "sparsity": work.sparsity, "dtype": work.dtype, "goal": work.goal,
     }  # fmt: skip
-    measure = measure_conversion if suite == "converter" else measure_point
+    measure = MEASURES.get(suite, measure_point)
     try:
         problem = cases.build(
             work.case, work.pattern, work.sparsity, DTYPES[work.dtype], device=device
         )
         with torch.set_grad_enabled(work.case.training):
-            record.update(measure(problem, work, budget_s, card))
+            record.update(measure(problem, work, budget_s, card), **ways(problem))
     except Exception as error:  # whatever a kernel does on a card it has not met, the rest goes on
         record["failed"] = f"{type(error).__name__}: {first_line(error)}"
     return record
@@ -117,7 +117,7 @@ def measure_point(p: cases.Problem, work: Work, budget_s: float, card) -> dict:
     found["speedup"] = asdict(speedup(best["dense"][1], time_ours))
     if "peer" in best:
         found["speedup_over_peer"] = asdict(speedup(best["peer"][1], time_ours))
-    found.update(rates(p, ours, time_ours), **ways(p))
+    found.update(rates(p, ours, time_ours))
     if work.energy:
         found["energy"] = joules({role: best[role][0] for role in ("dense", "ours")}, p.x.device)
     return found
@@ -200,6 +200,9 @@ def measure_conversion(p: cases.Problem, work: Work, budget_s: float, card) -> d
         "speedup": asdict(speedup(*timings)),
     }  # fmt: skip
 
+
+# How the points of a suite are measured where they are not timed against all sides.
+MEASURES = {"converter": measure_conversion, "host": host.measure_host}
 
 if __name__ == "__main__":
     sys.exit(main())

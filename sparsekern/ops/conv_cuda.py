@@ -10,6 +10,7 @@ convolution of torch; the fastest is kept. Results are contiguous (n, out, oh, o
 """
 
 import functools
+import math
 from functools import partial
 
 import torch
@@ -31,6 +32,7 @@ from .block_cuda import (
 from .block_tuning import candidates, precision, worth_timing
 from .conv import dense_grad_input, output_size
 from .cuda_choice import run_fastest, shape_key, token_bucket
+from .cuda_quick import conv_call_key, keep_call, quick_call
 from .cuda_support import check, check_bias, check_operand, finish, refuse, state_once
 
 # The kernel counts from the first image of a tile in 32 bits; a tile may begin in one image and
@@ -44,8 +46,8 @@ def check_image(op: str, x) -> None:
         refuse(op, "x with 4 dimensions", f"shape {tuple(x.shape)}")
 
 
-def empty_output(op, x, outputs, kernel_size, stride, padding, dilation, groups):
-    """The uninitialised result of a convolution, after checks of its geometry."""
+def output_shape(op, x, outputs, kernel_size, stride, padding, dilation, groups) -> tuple:
+    """The shape of the result of a convolution, after checks of its geometry."""
     check_image(op, x)
     divides = groups >= 1 and x.shape[1] % groups == 0 and outputs % groups == 0
     wanted = f"groups that divide in_channels = {x.shape[1]} and out_channels = {outputs}"
@@ -53,61 +55,92 @@ def empty_output(op, x, outputs, kernel_size, stride, padding, dilation, groups)
     size = output_size(x.shape[2:], kernel_size, stride, padding, dilation)
     wanted = "an input at least as large as the kernel"
     check(min(size) >= 1, op, wanted, f"input size {tuple(x.shape[2:])}")
-    return x.new_empty(x.shape[0], outputs, *size)
+    return (x.shape[0], outputs, *size)
+
+
+def whole_geometry(kernel_size, stride, padding, dilation, groups) -> tuple:
+    """A geometry in the order of the ops, which can be a key."""
+    return (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
 def _block_conv(
     x, values, crow, col, bias, plan, plan_t, out_channels,
     kernel_size, stride, padding, dilation, groups, activation="none",
 ):  # fmt: skip
-    op, geometry = block_conv.CONV, (kernel_size, stride, padding, dilation, groups)
-    y = empty_output(op, x, out_channels, *geometry)
+    check_image(block_conv.CONV, x)
+    geometry = whole_geometry(kernel_size, stride, padding, dilation, groups)
+    call = conv_call_key(x, values, bias, geometry, crow, col, out_channels, activation)
+    arguments = (x, values, crow, col, bias, plan, out_channels, geometry, activation)
+    anew = partial(_timed_block_conv, call, *arguments)
+    return quick_call(block_conv.CONV, plan, call, (x, values, bias), anew, images=True)
+
+
+def _timed_block_conv(call, x, values, crow, col, bias, plan, outputs, geometry, activation):
+    """The convolution by the fastest way, which is remembered for the next such call."""
+    op, (kernel_size, *_, groups) = block_conv.CONV, geometry
+    shape = output_shape(op, x, outputs, *geometry)
     check_values(op, x, values, col)
     channels, taps = x.shape[1] // groups, kernel_size[0] * kernel_size[1]
-    rows = block_grid(out_channels, channels, values.shape[1:], groups)[0]
+    rows = block_grid(outputs, channels, values.shape[1:], groups)[0]
     check_pattern(op, x, crow, col, rows)
-    check_bias(op, bias, x, out_channels)
+    check_bias(op, bias, x, outputs)
     check_activation(op, activation)
     order, row, _ = forward_parts(op, plan, crow, col, channels, values.shape[2], taps)
 
-    def dense():
-        weight = dense_weight(values, row, col, out_channels, channels, groups, taps)
+    def dense(x, values, bias, plan):
+        row = plan.narrow(0, rows, col.numel())
+        weight = dense_weight(values, row, col, outputs, channels, groups, taps)
         y = conv2d(x, weight.unflatten(2, kernel_size), bias, *geometry[1:])
         return finish(y, None, activation, op).contiguous()
 
     with torch.cuda.device_of(x):
-        ways = _block_ways(op, x, values, (crow, col, None, order), bias, y, geometry, activation)
-        key = choice_key(op, x, values, out_channels, channels, y.numel() // out_channels)
-        key = (*key, *conv_key(x, y, geometry))
-        return run_fastest(key, {**ways, "dense": dense}, x)
+        whole = plan if plan is not None and plan.numel() else torch.cat((order, row))
+        ways = _block_ways(op, values, (crow, col, None, order), shape, x, geometry, activation)
+        ways["dense"] = dense
+        ways = {name: partial(way, x, values, bias, whole) for name, way in ways.items()}
+        key = choice_key(op, x, values, outputs, channels, math.prod(shape) // outputs)
+        key = (*key, *conv_key(x, shape, geometry))
+        y = run_fastest(key, ways, x)
+        keep_call(plan, call, key, ways)
+        return y
 
 
-def _block_ways(op, x, values, index, bias, y, geometry, activation, source=None) -> dict:
-    """The configs worth timing, by name, as calls of the kernel; none where it does not fit.
+def _block_ways(op, values, index, shape, x, geometry, activation, source=None) -> dict:
+    """The configs worth timing, by name; none where the kernel does not fit.
 
+    Ways are functions of (x, values, bias, plan), where the plan begins with the order of the rows.
     `source` makes the input of the product where that is not x.
     """
-    block = tuple(values.shape[1:]) if index[2] is None else tuple(values.shape[:0:-1])
-    if not takes_kernel(op, values, block[0]) or 0 in (y.numel(), values.numel(), x.numel()):
+    crow, col, slot, order = index
+    block, rows = (
+        tuple(values.shape[1:]) if slot is None else tuple(values.shape[:0:-1]),
+        len(order),
+    )
+    if not takes_kernel(op, values, block[0]) or 0 in (*shape, values.numel(), x.numel()):
         return {}
-    if y[0].numel() >= MOST_OUTPUTS:
-        wanted = f"expected fewer than {MOST_OUTPUTS} outputs of an image, got {y[0].numel()}"
+    image = math.prod(shape[1:])
+    if image >= MOST_OUTPUTS:
+        wanted = f"expected fewer than {MOST_OUTPUTS} outputs of an image, got {image}"
         state_once(f"{op} is computed with the dense weight: {wanted}")
         return {}
     from .block_triton import Index
     from .conv_triton import Geometry, block_conv
 
-    pixels = token_bucket(y.numel() // y.shape[1])  # which are the tokens
+    pixels = token_bucket(math.prod(shape) // shape[1])  # which are the tokens
     geometry = Geometry(*geometry)
 
-    def run(config):
-        last = (source() if source else x).contiguous(memory_format=torch.channels_last)
-        arguments = (values.contiguous(), Index(*index), bias, y, geometry, activation, config)
-        return block_conv(last, *arguments)
+    def way(config):
+        def run(x, values, bias, plan):
+            last = (source(x) if source else x).contiguous(memory_format=torch.channels_last)
+            index = Index(crow, col, slot, plan.narrow(0, 0, rows))
+            arguments = (values.contiguous(), index, bias, x.new_empty(shape), geometry)
+            return block_conv(last, *arguments, activation, config)
+
+        return run
 
     found = _configs(x.device, x.element_size(), pixels, block)
     found = worth_timing(found, pixels, values.numel())
-    return {name: partial(run, config) for name, config in found.items()}
+    return {name: way(config) for name, config in found.items()}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -131,21 +164,22 @@ def _block_conv_grad_input(
     check_pattern(op, grad, crow, col, rows)
     sizes = (per_group, values.shape[2], taps, groups)
     index = backward_parts(op, plan_t, crow, col, *sizes)
-    y = grad.new_empty(grad.shape[0], channels, height, width)
+    shape = (grad.shape[0], channels, height, width)
     geometry = (kernel_size, stride, padding, dilation, groups)
 
     def dense():
         weight = dense_weight(values, rows_of(crow, col), col, outputs, per_group, groups, taps)
         return dense_grad_input(
-            grad, weight.unflatten(2, kernel_size), y.shape[1:], geometry[1:]
+            grad, weight.unflatten(2, kernel_size), shape[1:], geometry[1:]
         )  # fmt: skip
 
     with torch.cuda.device_of(grad):
+        spread = partial(insert_zeros, stride=stride)
         turned = turned_geometry(geometry)
-        spread = lambda: insert_zeros(grad, stride)  # noqa: E731
-        ways = _block_ways(op, grad, values, index, None, y, turned, "none", spread)
-        key = choice_key(op, grad, values, outputs, channels, y.numel() // channels)
-        key = (*key, *conv_key(grad, y, geometry))
+        ways = _block_ways(op, values, index, shape, grad, turned, "none", spread)
+        ways = {name: partial(way, grad, values, None, index[3]) for name, way in ways.items()}
+        key = choice_key(op, grad, values, outputs, channels, math.prod(shape) // channels)
+        key = (*key, *conv_key(grad, shape, geometry))
         return run_fastest(key, {**ways, "dense": dense}, grad)
 
 
@@ -175,14 +209,14 @@ def _block_conv_grad_values(
     with torch.cuda.device_of(x):
         pixels = grad.numel() // max(1, grad.shape[1])
         key = shape_key(op, x, grad.shape[1], x.shape[1], col.numel(), pixels)
-        key = (*key, block, precision(x.dtype), *conv_key(x, grad, geometry))
+        key = (*key, block, precision(x.dtype), *conv_key(x, grad.shape, geometry))
         return run_fastest(key, {**ways, "dense": dense}, x)
 
 
-def conv_key(x, y, geometry) -> tuple:
+def conv_key(x, shape, geometry) -> tuple:
     """What the choice of a way depends on besides the shape of the product."""
     layout = x.is_contiguous(memory_format=torch.channels_last)
-    return (*map(tuple, geometry[:4]), geometry[4], tuple(x.shape[2:]), tuple(y.shape[2:]), layout)
+    return (*whole_geometry(*geometry), tuple(x.shape[2:]), tuple(shape[2:]), layout)
 
 
 def turned_geometry(geometry) -> tuple:

@@ -11,24 +11,27 @@ The gradient of the input is the same on the transposed pattern, see `csr_cuda._
 Without timing (see `cuda_choice`) the dense weight is taken.
 """
 
+import math
 from functools import partial
 
 import torch
 from torch.nn.functional import conv2d, pad
 
 from . import conv, csr_cuda
-from ._library import CUDA, check_activation, check_indices
+from ._library import CUDA, check_activation
 from .conv_cuda import (
     check_image,
     conv_key,
-    empty_output,
     insert_zeros,
     is_pointwise,
+    output_shape,
     pixels_linear,
     rows_of,
     turned_geometry,
+    whole_geometry,
 )
 from .cuda_choice import run_fastest, shape_key
+from .cuda_quick import conv_call_key, keep_call, quick_call
 from .cuda_support import aligned, check, check_bias, check_operand, finish, state_once
 
 MAX_UNFOLDED = 2**30  # elements of a matrix of what a convolution reads
@@ -38,37 +41,48 @@ def _conv(
     x, values, crow, col, bias, plan, plan_t,
     kernel_size, stride, padding, dilation, groups, activation="none",
 ):  # fmt: skip
-    op, geometry = conv.CONV, (kernel_size, stride, padding, dilation, groups)
-    rows = crow.numel() - 1
-    check_image(op, x)
+    check_image(conv.CONV, x)
     if is_pointwise(kernel_size, stride, padding, groups):
         # The plan of a 1x1 convolution is that of its (out, in) matrix.
         arguments = (values, crow, col, bias, plan, plan_t, activation)
         return pixels_linear(lambda flat: csr_cuda._linear(flat, *arguments), x)
-    y = empty_output(op, x, rows, *geometry)
-    shape = (rows, x.shape[1] // groups, *kernel_size)
-    cols = shape[1] * shape[2] * shape[3]
+    geometry = whole_geometry(kernel_size, stride, padding, dilation, groups)
+    call = conv_call_key(x, values, bias, geometry, crow, col, activation)
+    anew = partial(_timed_conv, call, x, values, crow, col, bias, plan, geometry, activation)
+    return quick_call(conv.CONV, plan, call, (x, values, bias), anew, images=True)
+
+
+def _timed_conv(call, x, values, crow, col, bias, plan, geometry, activation):
+    """The convolution by the fastest way, which is remembered for the next such call."""
+    op, rows = conv.CONV, crow.numel() - 1
+    shape = output_shape(op, x, rows, *geometry)
+    size = (rows, x.shape[1] // geometry[4], *geometry[0])
+    cols = math.prod(size[1:])
     csr_cuda._check_csr(op, x, values, crow, col)
     check_activation(op, activation)
     check_bias(op, bias, x, rows)
-    if plan is None or plan.numel() == 0:
-        check_indices(op, crow, col, cols)
+    csr_cuda._check_pattern(op, plan, crow, col, cols)
 
-    def dense():
+    def dense(x, values, bias, plan):
         weight = csr_cuda.dense_weight(values, crow, col, cols)
-        full = conv2d(x, weight.view(shape), bias, *geometry[1:])
+        full = conv2d(x, weight.view(size), bias, *geometry[1:])
         return finish(full, None, activation, op).contiguous()
 
     with torch.cuda.device_of(x):
-        record, decode, ways = None, None, {}
+        record, few, ways = None, False, {"dense": dense}
         values = aligned(values)
-        if _kernels(op, x) and y.numel() and col.numel():
-            if plan is not None and groups == 1 and csr_cuda._usable(plan, x):
-                record, decode = csr_cuda._forward_record(plan, crow, col, cols)
-            index = (record, "forward", crow, col, decode)
-            ways = _ways(op, lambda: x, lambda: values, index, cols, bias, y, geometry, activation)
-        key = shape_key(op, x, rows, cols, col.numel(), y.numel() // max(1, rows))
-        return run_fastest((*key, *conv_key(x, y, geometry)), {"dense": dense, **ways}, x)
+        if _kernels(op, x) and 0 not in (*shape, col.numel()):
+            if plan is not None and geometry[4] == 1 and csr_cuda._usable(plan, x):
+                record, packed = csr_cuda._forward_record(plan, crow, col, cols)
+                few = packed.numel() > 1
+            index = (record, "forward", crow, col)
+            ways |= _ways(op, x, index, cols, shape, geometry, activation, few)
+        ways = {name: partial(way, x, values, bias, plan) for name, way in ways.items()}
+        key = shape_key(op, x, rows, cols, col.numel(), math.prod(shape) // max(1, rows))
+        key = (*key, *conv_key(x, shape, geometry))
+        y = run_fastest(key, ways, x)
+        keep_call(plan, call, key, ways)
+        return y
 
 
 def _kernels(op: str, x) -> bool:
@@ -81,49 +95,57 @@ def _kernels(op: str, x) -> bool:
     return not fault
 
 
-def _ways(op, image, values, index, cols, bias, y, geometry, activation) -> dict:
-    """Ways to compute a convolution of `image()` with `values()` to the size of y.
+def _ways(op, like, index, cols, shape, geometry, activation, few=False) -> dict:
+    """Ways to compute a convolution with a result of this shape.
 
-    `index` is the record of a plan (or None), what the pattern is to it, crow, col, and the
-    contents of the plan of few tokens (or None); cols are those of the pattern.
+    They are functions of (x, values, bias, plan). `index` is the record of a plan (or None), what
+    the pattern is to it, crow and col; cols are those of the pattern. `few` if the plan holds what
+    the kernel of few tokens reads.
     """
-    record, kind, crow, col, decode = index
-    library, _ = csr_cuda._ways_allowed(op, y)
+    record, kind, crow, col = index
+    library, _ = csr_cuda._ways_allowed(op, like)
     kernel_size, stride, _, dilation, groups = geometry
 
-    def direct():
+    def direct(x, values, bias, plan):
         from .csr_conv_triton import csr_conv
 
-        x, to = padded(image(), y.shape[2:], geometry), torch.empty_like(y)
+        image, to = padded(x, shape[2:], geometry), x.new_empty(shape)
         options = (kernel_size, stride, dilation, groups, activation)
-        return csr_conv(x, values(), (crow, col), bias, to, *options)
+        return csr_conv(image, values, (crow, col), bias, to, *options)
 
-    ways, pixels = {"direct": direct}, y.numel() // y.shape[1]
+    ways, pixels = {"direct": direct}, math.prod(shape) // shape[1]
     if groups > 1 or pixels * cols > MAX_UNFOLDED:
         return ways
 
     def unfolded(product):
-        from .unfold_triton import unfold
+        def run(x, values, bias, plan):
+            from .unfold_triton import unfold
 
-        x = padded(image(), y.shape[2:], geometry)
-        flat = product(unfold(x, (kernel_size, stride, (0, 0), dilation), tap_major=False))
-        return flat.view(y.shape[0], *y.shape[2:], -1).permute(0, 3, 1, 2).contiguous()
+            image = padded(x, shape[2:], geometry)
+            read = unfold(image, (kernel_size, stride, (0, 0), dilation), tap_major=False)
+            flat = product(read, values, bias, plan)
+            return flat.view(shape[0], *shape[2:], -1).permute(0, 3, 1, 2).contiguous()
 
-    def by_library(flat, algorithm):
-        product = csr_cuda._spmm(record, kind, flat, values(), crow, col, *algorithm)
-        return finish(product, bias, activation, op)
+        return run
 
-    def by_decode(flat):
+    def by_library(algorithm):
+        def run(flat, values, bias, plan):
+            product = csr_cuda._spmm(record, kind, flat, values, crow, col, *algorithm)
+            return finish(product, bias, activation, op)
+
+        return run
+
+    def by_decode(flat, values, bias, plan):
         from .csr_triton import csr_decode
 
-        return csr_decode(flat, values(), crow, col, decode, bias, activation)
+        packed = plan if record.made is None else record.made
+        return csr_decode(flat, values, crow, col, packed, bias, activation)
 
-    if decode is not None and decode.numel() > 1 and pixels <= csr_cuda.DECODE_TOKENS:
-        ways["unfolded decode"] = partial(unfolded, by_decode)
+    if few and pixels <= csr_cuda.DECODE_TOKENS:
+        ways["unfolded decode"] = unfolded(by_decode)
     if library and record is not None:
-        for a in csr_cuda.algorithms(y.dtype):
-            name = f"unfolded cusparse {a[0]}{'r' if a[1] else 'c'}"
-            ways[name] = partial(unfolded, partial(by_library, algorithm=a))
+        for a in csr_cuda.algorithms(like.dtype):
+            ways[f"unfolded cusparse {a[0]}{'r' if a[1] else 'c'}"] = unfolded(by_library(a))
     return ways
 
 
@@ -134,7 +156,7 @@ def padded(x, out_size, geometry):
     for i in (1, 0):  # the last dimension first
         reach = (out_size[i] - 1) * stride[i] + dilation[i] * (kernel_size[i] - 1) + 1
         pads += [padding[i], reach - padding[i] - x.shape[2 + i]]
-    return pad(x, pads).contiguous()
+    return (pad(x, pads) if any(pads) else x).contiguous()
 
 
 def _grad_input(
@@ -148,27 +170,34 @@ def _grad_input(
     if is_pointwise(kernel_size, stride, padding, groups):
         arguments = (values, crow, col, plan_t, channels)
         return pixels_linear(lambda flat: csr_cuda._grad_input(flat, *arguments), grad)
-    y = grad.new_empty(grad.shape[0], channels, height, width)
-    shape = (rows, channels // groups, *kernel_size)
-    cols = shape[1] * taps
+    shape = (grad.shape[0], channels, height, width)
+    size = (rows, channels // groups, *kernel_size)
+    cols = size[1] * taps
+    csr_cuda._check_transposed(op, plan_t, crow, col, cols)
 
     def dense():
-        weight = csr_cuda.dense_weight(values, crow, col, cols).view(shape)
-        return conv.dense_grad_input(grad, weight, y.shape[1:], geometry[1:])
+        weight = csr_cuda.dense_weight(values, crow, col, cols).view(size)
+        return conv.dense_grad_input(grad, weight, shape[1:], geometry[1:])
 
     with torch.cuda.device_of(grad):
-        ways, there = {}, 0 not in (grad.numel(), y.numel(), col.numel())
+        ways, there = {}, 0 not in (grad.numel(), *shape, col.numel())
         if plan_t is not None and there and _kernels(op, grad) and csr_cuda._usable(plan_t, grad):
             sizes = (cols, groups, taps)
             record, bundle = csr_cuda._transposed_record(plan_t, crow, col, *sizes)
             crow_t, col_t, perm = csr_cuda.split_transposed(bundle, channels, col.numel())
-            ways = _ways(
-                op, lambda: insert_zeros(grad, stride), lambda: values.index_select(0, perm),
-                (record, "transposed", crow_t, col_t, None), rows // groups * taps, None, y,
-                turned_geometry(geometry), "none",
-            )  # fmt: skip
-        key = shape_key(op, grad, rows, cols, col.numel(), y.numel() // max(1, channels))
-        return run_fastest((*key, *conv_key(grad, y, geometry)), {"dense": dense, **ways}, grad)
+            index = (record, "transposed", crow_t, col_t)
+            turned = turned_geometry(geometry)
+            found = _ways(op, grad, index, rows // groups * taps, shape, turned, "none")
+            ways = {name: _of_gradient(way, grad, stride, values, perm)
+                    for name, way in found.items()}  # fmt: skip
+        key = shape_key(op, grad, rows, cols, col.numel(), math.prod(shape) // max(1, channels))
+        key = (*key, *conv_key(grad, shape, geometry))
+        return run_fastest(key, {"dense": dense, **ways}, grad)
+
+
+def _of_gradient(way, grad, stride, values, perm):
+    """A way on the gradient of the output and the values of the transposed pattern."""
+    return lambda: way(insert_zeros(grad, stride), values.index_select(0, perm), None, None)
 
 
 def _grad_values(grad, x, crow, col, plan, kernel_size, stride, padding, dilation, groups):
@@ -178,8 +207,7 @@ def _grad_values(grad, x, crow, col, plan, kernel_size, stride, padding, dilatio
     if is_pointwise(kernel_size, stride, padding, groups):
         flat, seen = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (grad, x))
         return csr_cuda._grad_values(flat, seen, crow, col, plan)
-    if plan is None or plan.numel() == 0:
-        check_indices(op, crow, col, cols)
+    csr_cuda._check_pattern(op, plan, crow, col, cols)
     shape = (rows, x.shape[1] // groups, *kernel_size)
 
     def dense():
@@ -197,7 +225,7 @@ def _grad_values(grad, x, crow, col, plan, kernel_size, stride, padding, dilatio
     with torch.cuda.device_of(x):
         ways = {"direct": direct} if _kernels(op, x) else {}
         key = shape_key(op, x, rows, cols, col.numel(), grad.numel() // max(1, rows))
-        return run_fastest((*key, *conv_key(x, grad, geometry)), {"dense": dense, **ways}, x)
+        return run_fastest((*key, *conv_key(x, grad.shape, geometry)), {"dense": dense, **ways}, x)
 
 
 def _conv_residual(*args):

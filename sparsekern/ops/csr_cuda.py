@@ -115,14 +115,35 @@ def _check_csr(op, x, values, crow, col) -> None:
 def _check_pattern(op: str, plan: Tensor | None, crow: Tensor, col: Tensor, cols: int) -> None:
     """Without a plan that vouches for it, look at every index; waits for the device."""
     if plan is None or plan.numel() == 0:
+        if capturing(crow):
+            refuse(op, "a plan made by csr_plan while a CUDA graph is captured", "none")
         check_indices(op, crow, col, cols)
+
+
+def _check_transposed(op: str, plan_t: Tensor | None, crow, col, cols: int) -> None:
+    """Likewise for the gradient of x; what a call before has made for an empty plan_t vouches."""
+    if plan_t is None or _record_of(plan_t, True, crow, col) is None:
+        _check_pattern(op, plan_t, crow, col, cols)
+
+
+def _record_of(plan: Tensor, turned: bool, crow: Tensor, col: Tensor) -> Record | None:
+    """The record of a plan, None also where what it holds was made of something else."""
+    record = recall(plan)
+    if record is None or record.made is None:
+        return record
+    kind, *made_of = record.facts["made of"]
+    same = all(a.data_ptr() == b.data_ptr() for a, b in zip(made_of, (crow, col)))
+    return record if same and kind == turned else None
 
 
 def _linear(x, values, crow, col, bias=None, plan=None, plan_t=None, activation="none"):
     call = call_key(x, values, bias, crow, col, activation)
-    y = quick_call(plan, call, x, values, bias)
-    if y is not None:
-        return y
+    anew = partial(_timed_linear, call, x, values, crow, col, bias, plan, activation)
+    return quick_call("csr_linear", plan, call, (x, values, bias), anew)
+
+
+def _timed_linear(call, x, values, crow, col, bias, plan, activation):
+    """The product by the fastest way, which is remembered for the next such call."""
     op, rows, cols = "csr_linear", crow.numel() - 1, x.shape[-1]
     _check_csr(op, x, values, crow, col)
     check_activation(op, activation)
@@ -215,10 +236,10 @@ def _usable(plan: Tensor, like: Tensor) -> bool:
 
 def _forward_record(plan: Tensor, crow: Tensor, col: Tensor, cols: int) -> tuple[Record, Tensor]:
     """The record of a plan and the contents for the decode kernel, made again when not ours."""
-    record = recall(plan)
+    record = _record_of(plan, False, crow, col)
     if record is None:
         made = _make_plan(crow, col, cols)  # waits for the device, once per plan
-        record = remember(plan, Record(made=made))
+        record = remember(plan, Record(made, {"made of": (False, crow, col)}))
     return record, plan if record.made is None else record.made
 
 
@@ -259,9 +280,10 @@ def split_transposed(bundle: Tensor, cols: int, nnz: int) -> tuple[Tensor, Tenso
 
 
 def _transposed_record(plan_t: Tensor, crow: Tensor, col: Tensor, *sizes: int):
-    record = recall(plan_t)
+    record = _record_of(plan_t, True, crow, col)
     if record is None:
-        record = remember(plan_t, Record(made=_make_transposed(crow, col, *sizes)))
+        made = _make_transposed(crow, col, *sizes)
+        record = remember(plan_t, Record(made, {"made of": (True, crow, col)}))
     return record, plan_t if record.made is None else record.made
 
 
@@ -269,6 +291,7 @@ def _grad_input(grad, values, crow, col, plan_t, in_features):
     op, rows = "csr_linear_grad_input", crow.numel() - 1
     _check_csr(op, grad, values, crow, col)
     check_last(op, grad, rows)
+    _check_transposed(op, plan_t, crow, col, in_features)
     with torch.cuda.device_of(grad):
         flat, values = aligned(grad.reshape(-1, rows)), aligned(values)
 

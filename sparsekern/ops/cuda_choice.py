@@ -85,11 +85,15 @@ def _may_time() -> bool:
     return os.environ.get("SPARSEKERN_TUNE", "1") != "0"
 
 
+def first_line(error: Exception) -> str:
+    """What an error says first, or its type where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 def _leave_out(key: tuple, name: str, error: Exception) -> None:
     if _CHOSEN.get(key) == name:
         del _CHOSEN[key]
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    _BROKEN.setdefault(key, {})[name] = reason
+    reason = _BROKEN.setdefault(key, {})[name] = first_line(error)
     state_once(f"{key[0]} goes on without {name} on this device: {reason}")
 
 

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from traceback import clear_frames
 
 import torch
 from torch import Tensor
 
 from .block_tuning import precision
-from .cuda_choice import chosen_way
+from .cuda_choice import chosen_way, first_line
 from .cuda_packed import PackedWay
-from .cuda_support import Record, recall, remember
+from .cuda_support import Record, recall, remember, state_once
 
 MAX_CALLS = 64  # of one plan; then all are forgotten
 
@@ -34,34 +35,60 @@ def call_key(x: Tensor, values: Tensor, bias: Tensor | None, *rest) -> tuple:
     )  # fmt: skip
 
 
-def quick_call(plan: Tensor | None, key: tuple, x, values, bias) -> Tensor | None:
-    """The product by the way that such a call took before; None where there was none."""
+def conv_call_key(x: Tensor, values: Tensor, bias: Tensor | None, geometry: tuple, *rest) -> tuple:
+    """`call_key` of a convolution; the layout of x decides which way wins, though all take any."""
+    layout = x.is_contiguous(memory_format=torch.channels_last)
+    return call_key(x, values, bias, layout, geometry, *rest)
+
+
+def quick_call(
+    op: str, plan: Tensor | None, key: tuple, operands: tuple, anew: Callable[[], Tensor],
+    images: bool = False,
+) -> Tensor:  # fmt: skip
+    """The product by the way that such a call took before; where there was none, `anew()`.
+
+    `operands` are x, values and bias: x `(..., in)`, or images of any strides.
+    """
+    x, values, bias = operands
     record = recall(plan) if plan is not None else None
     way = record.quick.get(key) if record else None
-    if way is None or not _plain(x, values):
-        return None
+    if way is None or not _plain(x, *((values,) if images else (x, values))):
+        return anew()
     try:
-        y = way(x if x.dim() == 2 else x.view(-1, x.shape[-1]), values, bias, plan)
-    except Exception:  # the long path tells what is wrong, and tries the others
-        record.quick.pop(key, None)
-        return None
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        if images or x.dim() == 2:
+            return way(x, values, bias, plan)
+        y = way(x.view(-1, x.shape[-1]), values, bias, plan)
+        return y.view(*x.shape[:-1], y.shape[-1])
+    except Exception as error:
+        return _again(op, record, key, error, anew)
 
 
-def _plain(x: Tensor, values: Tensor) -> bool:
+def _again(op: str, record: Record, key: tuple, error: Exception, anew) -> Tensor:
+    """The product after an error, inside of its handler: it is the context of what `anew` raises.
+
+    Where `anew` succeeds, the error is said once.
+    """
+    record.quick.pop(key, None)
+    clear_frames(error.__traceback__)  # what it had allocated may be what is missing
+    y = anew()
+    state_once(f"{op} was computed anew after an error: {first_line(error)}")
+    return y
+
+
+def _plain(x: Tensor, *read: Tensor) -> bool:
     """Whether nothing has to be copied, no device switched and no way avoided."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return False
     if torch.are_deterministic_algorithms_enabled():
         return False
-    return all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in (x, values))
+    return all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in read)
 
 
 def keep_call(plan: Tensor | None, key: tuple, chosen: tuple, ways: dict[str, Callable]) -> None:
     """Remember the way chosen for `chosen` (see `run_fastest`) for calls with this key.
 
-    Ways are partials of functions of (x, values, bias, plan), with x as `(tokens, in)`. Nothing
-    else they hold may share memory with the plan, or it would live for ever.
+    Ways are partials of functions of (x, values, bias, plan), with x as `(tokens, in)` or images.
+    Nothing else they hold may share memory with the plan, or it would live for ever.
     """
     way = ways.get(chosen_way(chosen))
     if plan is None or plan.numel() == 0 or way is None:

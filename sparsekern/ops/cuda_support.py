@@ -185,6 +185,7 @@ class Record:
 
     Attributes:
         made: Tensors made here instead of the contents of a plan that is not ours.
+        facts: What else is known, such as what `made` was made of.
         plans: Numbers of cuSPARSE plans by what they were made for, the last used at the end.
         pinned: Those that a captured graph uses; they live as long as the record.
         packed: Packed weights (see cuda_packed).

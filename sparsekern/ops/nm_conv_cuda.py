@@ -12,6 +12,9 @@ The weight gradient is dense, and the kept positions are collected: at half of t
 that skips the others can win. Without timing (see `cuda_choice`) the dense weight is taken.
 """
 
+import math
+from functools import partial
+
 import torch
 from torch.nn.functional import conv2d
 
@@ -19,11 +22,19 @@ from . import cslt, nm_conv, nm_cuda
 from ._library import CUDA, check_activation
 from .block_cuda import KERNEL_DTYPES
 from .conv import dense_grad_input
-from .conv_cuda import check_image, conv_key, empty_output, is_pointwise, pixels_linear
+from .conv_cuda import (
+    check_image,
+    conv_key,
+    is_pointwise,
+    output_shape,
+    pixels_linear,
+    whole_geometry,
+)
 from .csr_conv_cuda import MAX_UNFOLDED
 from .cuda_choice import run_fastest, shape_key
+from .cuda_quick import conv_call_key, keep_call, quick_call
 from .cuda_support import aligned, check, check_bias, check_operand, finish, state_once
-from .nm import slot_columns, slot_count
+from .nm import slot_count
 from .nm_library import packed_way
 
 
@@ -34,39 +45,47 @@ def _dense(values, index, channels, n, m, kernel_size):
     return weight.unflatten(1, (*kernel_size, channels)).permute(0, 3, 1, 2)
 
 
-def _check_index(op, plan, index, channels, n, m, taps) -> None:
-    """Without a plan that vouches for it, check every position; waits for the device."""
-    if plan is None or plan.numel() == 0:
-        slot_columns(op, index, channels, n, m, taps)
-
-
 def _conv(
     x, values, index, bias, plan, plan_t, n, m,
     kernel_size, stride, padding, dilation, groups, activation="none",
 ):  # fmt: skip
-    op, geometry = nm_conv.CONV, (kernel_size, stride, padding, dilation, groups)
-    rows, channels, taps = index.shape[0], x.shape[1] // groups, kernel_size[0] * kernel_size[1]
-    check_image(op, x)
+    check_image(nm_conv.CONV, x)
     if is_pointwise(kernel_size, stride, padding, groups):
         arguments = (values, index, bias, plan, plan_t, n, m, activation)
         return pixels_linear(lambda flat: nm_cuda._linear(flat, *arguments), x)
-    y = empty_output(op, x, rows, *geometry)
-    check_operand(op, "values", values, x, x.dtype)
+    geometry = whole_geometry(kernel_size, stride, padding, dilation, groups)
+    call = conv_call_key(x, values, bias, geometry, index, n, m, activation)
+    anew = partial(_timed_conv, call, x, values, index, bias, plan, n, m, geometry, activation)
+    return quick_call(nm_conv.CONV, plan, call, (x, values, bias), anew, images=True)
+
+
+def _timed_conv(call, x, values, index, bias, plan, n, m, geometry, activation):
+    """The convolution by the fastest way, which is remembered for the next such call."""
+    op, rows, (kernel_size, *_, groups) = nm_conv.CONV, index.shape[0], geometry
+    channels, taps = x.shape[1] // groups, kernel_size[0] * kernel_size[1]
+    shape = output_shape(op, x, rows, *geometry)
+    nm_cuda.check_weight(op, x, values, index, channels, n, m, taps)
     check_activation(op, activation)
     check_bias(op, bias, x, rows)
-    _check_index(op, plan, index, channels, n, m, taps)
+    nm_cuda.check_index(op, plan, index, channels, n, m, taps)
 
-    def dense():
+    def dense(x, values, bias, plan):
         weight = _dense(values, index, channels, n, m, kernel_size)
         return finish(conv2d(x, weight, bias, *geometry[1:]), None, activation, op).contiguous()
 
     with torch.cuda.device_of(x):
-        ways = {}
-        if groups == 1 and 0 not in (y.numel(), values.numel()) and _kernels(op, x):
-            arguments = (x, values, index, bias, plan, n, m, y, geometry, activation)
-            ways = _forward_ways(*arguments)
-        key = shape_key(op, x, rows, channels * taps, values.numel(), y.numel() // max(1, rows))
-        return run_fastest((*key, n, m, *conv_key(x, y, geometry)), {"dense": dense, **ways}, x)
+        ways = {"dense": dense}
+        if groups == 1 and 0 not in (*shape, values.numel()) and _kernels(op, x):
+            arguments = (values, index.contiguous(), plan, n, m, shape, geometry, activation)
+            ways |= _forward_ways(x.shape[1], *arguments)
+        ways = {name: partial(way, x, values, bias, plan) for name, way in ways.items()}
+        pixels = math.prod(shape) // max(1, rows)
+        key = shape_key(op, x, rows, channels * taps, values.numel(), pixels)
+        key = (*key, n, m, *conv_key(x, shape, geometry))
+        y = run_fastest(key, ways, x)
+        if index.is_contiguous():
+            keep_call(plan, call, key, ways)
+        return y
 
 
 def _kernels(op: str, x) -> bool:
@@ -79,31 +98,31 @@ def _kernels(op: str, x) -> bool:
     return not fault
 
 
-def _forward_ways(x, values, index, bias, plan, n, m, y, geometry, activation) -> dict:
-    kernel_size, channels, rows = geometry[0], x.shape[1], y.shape[1]
+def _forward_ways(channels, values, index, plan, n, m, shape, geometry, activation) -> dict:
+    """Our kernel and the library, as functions of (x, values, bias, plan)."""
+    kernel_size, rows = geometry[0], shape[1]
     taps = kernel_size[0] * kernel_size[1]
-    values, index = values.contiguous(), index.contiguous()
 
-    def implicit():
+    def implicit(x, values, bias, plan):
         from .nm_conv_triton import nm_conv as run
 
-        last, to = x.contiguous(memory_format=torch.channels_last), torch.empty_like(y)
-        return run(last, values, index, bias, to, geometry[:4], n, m, activation)
+        last, to = x.contiguous(memory_format=torch.channels_last), x.new_empty(shape)
+        return run(last, values.contiguous(), index, bias, to, geometry[:4], n, m, activation)
 
-    ways = {"implicit": implicit}
-    sizes = (rows, taps * channels, n, m)
-    packed = _packed(plan, values, sizes, channels, y.numel() // rows, "forward")
+    ways, sizes = {"implicit": implicit}, (rows, taps * channels, n, m)
+    packed = _packed(plan, values, sizes, channels, math.prod(shape) // rows, "forward")
     if packed is None:
         return ways
 
-    def library():
+    def library(x, values, bias, plan):
         from .unfold_triton import unfold
 
-        weight = packed(lambda: nm_cuda.expand(values, index, channels, n, m, taps))
+        values = values.contiguous()
+        weight = packed(values, lambda: nm_cuda.expand(values, index, channels, n, m, taps))
         b = aligned(bias) if bias is not None else None
         flat = unfold(x, geometry[:4], tap_major=True)
         product = cslt.linear(flat, weight, b, rows, activation)
-        return product.view(y.shape[0], *y.shape[2:], rows).permute(0, 3, 1, 2).contiguous()
+        return product.view(shape[0], *shape[2:], rows).permute(0, 3, 1, 2).contiguous()
 
     return {"cusparselt": library, **ways}
 
@@ -130,27 +149,27 @@ def _grad_input(
     if is_pointwise(kernel_size, stride, padding, groups):
         arguments = (values, index, plan_t, channels, n, m)
         return pixels_linear(lambda flat: nm_cuda._grad_input(flat, *arguments), grad)
-    _check_index(op, plan_t, index, per_group, n, m, taps)
-    y = grad.new_empty(grad.shape[0], channels, height, width)
+    nm_cuda.check_index(op, plan_t, index, per_group, n, m, taps)
+    shape = (grad.shape[0], channels, height, width)
 
     def dense():
         weight = _dense(values, index, per_group, n, m, kernel_size)
-        return dense_grad_input(grad, weight, y.shape[1:], geometry[1:])
+        return dense_grad_input(grad, weight, shape[1:], geometry[1:])
 
     with torch.cuda.device_of(grad):
         ways = {}
-        fits = groups == 1 and 0 not in (grad.numel(), y.numel()) and _kernels(op, grad)
+        fits = groups == 1 and 0 not in (grad.numel(), *shape) and _kernels(op, grad)
         if fits and nm_cuda.transposable(plan_t, grad, index, channels, n, m, taps):
-            ways = _grad_input_ways(grad, values, index, plan_t, n, m, y, geometry)
+            ways = _grad_input_ways(grad, values, index, plan_t, n, m, shape, geometry)
         key = shape_key(
             op, grad, rows, channels * taps, values.numel(), grad.numel() // max(1, rows)
         )
-        key = (*key, n, m, len(ways), *conv_key(grad, y, geometry))
+        key = (*key, n, m, len(ways), *conv_key(grad, shape, geometry))
         return run_fastest(key, {"dense": dense, **ways}, grad)
 
 
-def _grad_input_ways(grad, values, index, plan_t, n, m, y, geometry) -> dict:
-    rows, channels = grad.shape[1], y.shape[1]
+def _grad_input_ways(grad, values, index, plan_t, n, m, shape, geometry) -> dict:
+    rows, channels = grad.shape[1], shape[1]
     taps = geometry[0][0] * geometry[0][1]
     values, cols = values.contiguous(), taps * channels
     pixels = grad.numel() // rows
@@ -162,11 +181,11 @@ def _grad_input_ways(grad, values, index, plan_t, n, m, y, geometry) -> dict:
         from .unfold_triton import fold
 
         weight = packed(
-            lambda: nm_cuda.expand(values, index, channels, n, m, taps).t().contiguous()
+            values, lambda: nm_cuda.expand(values, index, channels, n, m, taps).t().contiguous()
         )
         flat = aligned(grad.permute(0, 2, 3, 1).reshape(-1, rows))
         columns = cslt.linear(flat, weight, None, cols, "none")
-        return fold(columns, y.shape, geometry[:4], tap_major=True)
+        return fold(columns, shape, geometry[:4], tap_major=True)
 
     return {"cusparselt": library}
 
@@ -176,7 +195,7 @@ def _grad_values(grad, x, index, plan_t, n, m, kernel_size, stride, padding, dil
     taps, channels = kernel_size[0] * kernel_size[1], x.shape[1] // groups
     check_operand(op, "grad", grad, x, x.dtype)
     check_operand(op, "index", index, x, torch.uint8)
-    _check_index(op, plan_t, index, channels, n, m, taps)
+    nm_cuda.check_index(op, plan_t, index, channels, n, m, taps)
     with torch.cuda.device_of(x):
         shape = (rows, channels, *kernel_size)
         dense = torch.nn.grad.conv2d_weight(x, shape, grad, stride, padding, dilation, groups)

@@ -30,11 +30,12 @@ from .cuda_support import (
     device_fault,
     finish,
     recall,
+    refuse,
     remember,
     state_once,
     triton_fault,
 )
-from .nm import slot_channels, slot_columns, slot_count
+from .nm import slot_bits, slot_channels, slot_columns, slot_count
 
 DECODE_TOKENS = 64  # up to here the decode kernel is tried
 
@@ -82,21 +83,42 @@ def library_fault(x: Tensor, rows: int, cols: int, n: int, m: int) -> str:
     return fault
 
 
-def _check_nm(op: str, x, values, index, rows: int, cols: int, n: int, m: int) -> None:
+def check_weight(op: str, x, values, index, channels: int, n: int, m: int, taps: int = 1) -> None:
+    """Refuse values or an index of another dtype, device or size than a weight for x has."""
     check_values(op, values, x)
     check_operand(op, "index", index, x, torch.uint8)
-    check_shape(op, "values", values, (rows, slot_count(cols, n, m)))
+    slots = slot_count(channels, n, m, taps)
+    check_shape(op, "values", values, (index.shape[0], slots))
+    check_shape(op, "index", index, (index.shape[0], -(-slots * slot_bits(m) // 8)))
+
+
+def check_index(op: str, plan, index, channels: int, n: int, m: int, taps: int = 1) -> None:
+    """Without a plan that vouches for it, look at every position; waits for the device.
+
+    An empty plan vouches for what was looked at with it.
+    """
+    if plan is not None and (plan.numel() or recall(plan) is not None):
+        return
+    if capturing(index):
+        refuse(op, "a plan made by nm_plan while a CUDA graph is captured", "none")
+    slot_columns(op, index, channels, n, m, taps)
+    if plan is not None:
+        remember(plan, Record())
 
 
 def _linear(x, values, index, bias, plan, plan_t, n, m, activation="none"):
     call = call_key(x, values, bias, index, n, m, activation)
-    y = quick_call(plan, call, x, values, bias)
-    if y is not None:
-        return y
+    anew = partial(_timed_linear, call, x, values, index, bias, plan, n, m, activation)
+    return quick_call("nm_linear", plan, call, (x, values, bias), anew)
+
+
+def _timed_linear(call, x, values, index, bias, plan, n, m, activation):
+    """The product by the fastest way, which is remembered for the next such call."""
     op, rows, cols = "nm_linear", index.shape[0], x.shape[-1]
-    _check_nm(op, x, values, index, rows, cols, n, m)
+    check_weight(op, x, values, index, cols, n, m)
     check_activation(op, activation)
     check_bias(op, bias, x, rows)
+    check_index(op, plan, index, cols, n, m)
     with torch.cuda.device_of(x):
         flat = aligned(x.reshape(-1, cols))
         ways = _linear_ways(flat, values, index.contiguous(), bias, plan, n, m, activation)
@@ -181,8 +203,9 @@ def _library_place(plan, values, x, rows, cols, n, m, kind: str = "forward"):
 
 def _grad_input(grad, values, index, plan_t, in_features, n, m):
     op, rows = "nm_linear_grad_input", index.shape[0]
-    _check_nm(op, grad, values, index, rows, in_features, n, m)
+    check_weight(op, grad, values, index, in_features, n, m)
     check_last(op, grad, rows)
+    check_index(op, plan_t, index, in_features, n, m)
     with torch.cuda.device_of(grad):
         flat, values = aligned(grad.reshape(-1, rows)), values.contiguous()
 
@@ -214,6 +237,7 @@ def _grad_values(grad, x, index, plan_t, n, m):
     check_operand(op, "grad", grad, x, x.dtype)
     check_operand(op, "index", index, x, torch.uint8)
     check_shape(op, "grad", grad, (*x.shape[:-1], rows))
+    check_index(op, plan_t, index, cols, n, m)
     with torch.cuda.device_of(x):
         dense = grad.reshape(-1, rows).t() @ x.reshape(-1, cols)
         return collect(dense, index.contiguous(), slot_count(cols, n, m), n, m)

@@ -107,9 +107,10 @@ def _dynamic_ways(x, weight, bias, plan, activation) -> dict:
 
     def library():
         # Bytes of float8 are told by their dtype there.
+        weight = packed(stored, spread)
         return scaled(
             lambda q: cslt.linear(
-                q if kind == torch.int8 else q.view(FLOAT8), packed(spread), None, rows, "none"
+                q if kind == torch.int8 else q.view(FLOAT8), weight, None, rows, "none"
             )
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -13,13 +14,15 @@ from .cuda_support import state_once
 
 def packed_way(
     op: str, plan: Tensor | None, values: Tensor, sizes, kind: str
-) -> Callable[[Callable[[], Tensor]], Tensor] | None:
-    """What makes or finds the packed weight, given what makes the dense one; None if it cannot be.
+) -> Callable[[Tensor, Callable[[], Tensor]], Tensor] | None:
+    """What makes or finds the packed weight, given the values and what makes the dense one.
+
+    None if it cannot be.
 
     Args:
         op: Says once why it goes without the library.
         plan: What the packed weight is kept with; without one nothing is packed.
-        values: What the weight is made of, in the dtype it is packed in; a change of them is seen.
+        values: What the weight is made of, in the dtype it is packed in; any of them later.
         sizes: Rows and columns of the packed matrix, n and m.
         kind: Tells the packed weights of a plan apart.
     """
@@ -30,4 +33,4 @@ def packed_way(
     held = packed_record(plan, values, (op, kind, values.dtype))
     if held is None:
         return None
-    return lambda make_dense: cslt.packed_weight(held, values, make_dense)
+    return partial(cslt.packed_weight, held)

@@ -65,6 +65,22 @@ def test_the_same_call_gives_the_same_bits(name, index):
         assert torch.equal(OPS[name][0](*arguments), first)
 
 
+@pytest.mark.parametrize(("name", "index"), TYPICAL)
+def test_a_call_like_one_before_sees_what_is_new(name, index):
+    """It goes straight to the way chosen then, with other contents, tensors and streams."""
+    op, reference = OPS[name]
+    arguments = list(build(SAMPLES[name][index], torch.float32))
+    tf32 = name.startswith("nm")
+    for stream in (None, None, torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            arguments[0] = torch.randn_like(arguments[0])
+            arguments[1].mul_(-1.5)
+            got = op(*arguments)
+        torch.cuda.synchronize()
+        want = reference(*on_cpu(arguments, torch.float64))
+        check_close(got, want, name, tf32=tf32, terms=max(arguments[0].shape))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "index"), TYPICAL)
 def test_opcheck(name, index, dtype):
@@ -123,4 +139,7 @@ def test_indices_out_of_range_never_reach_a_kernel():
     x, values, crow, col, bias, _, _, act = build(SAMPLES["csr_linear"][6], torch.float32)
     with pytest.raises(RuntimeError, match=r"csr_linear: expected col"):
         OPS["csr_linear"][0](x, values, crow, col + x.shape[-1], bias, None, None, act)
+    grad, op = x.new_ones(*x.shape[:-1], crow.numel() - 1), torch.ops.sparsekern
+    with pytest.raises(RuntimeError, match=r"csr_linear_grad_input: expected col"):
+        op.csr_linear_grad_input(grad, values, crow, col + x.shape[-1], None, x.shape[-1])
     torch.cuda.synchronize()

@@ -54,7 +54,7 @@ def ways(monkeypatch):
     monkeypatch.setattr(csr_cuda, "_spmm", spmm)
     monkeypatch.setattr(nm_cuda, "kernel_fault", lambda device: "")
     monkeypatch.setattr(nm_cuda, "device_facts", lambda index: None)
-    monkeypatch.setattr(nm_conv_cuda, "packed_way", lambda *a: lambda make: make())
+    monkeypatch.setattr(nm_conv_cuda, "packed_way", lambda *a: lambda values, make: make())
     monkeypatch.setattr(nm_conv_cuda.cslt, "linear", product)
     return found
 

@@ -81,7 +81,7 @@ def test_every_way(tokens, dynamic, kind, monkeypatch):
     monkeypatch.setattr(nm_int8_cuda, "run_fastest", run_all)
     monkeypatch.setattr(nm_cuda, "_kernels", lambda x: not no_kernels)
     monkeypatch.setattr(nm_int8_cuda, "_has_float8", lambda x: True)
-    monkeypatch.setattr(nm_int8_cuda, "packed_way", lambda *a, **k: lambda make: make())
+    monkeypatch.setattr(nm_int8_cuda, "packed_way", lambda *a, **k: lambda values, make: make())
     monkeypatch.setattr(nm_int8_cuda.cslt, "linear", product)
     values, scales, index, dense = parts(20, 36, 2, 4, kind)
     x, bias = torch.randn(tokens, 36), torch.randn(20)

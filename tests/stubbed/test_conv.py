@@ -27,7 +27,7 @@ def unfold(x, geometry, tap_major):
     kernel, stride, padding, dilation = geometry
     columns = torch.nn.functional.unfold(x, kernel, dilation, padding, stride)
     columns = turned(columns, x.shape[1], kernel[0] * kernel[1]) if tap_major else columns
-    return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+    return columns.transpose(1, 2).reshape(-1, columns.shape[1]).contiguous()
 
 
 def fold(columns, size, geometry, tap_major):
@@ -94,3 +94,16 @@ def test_2_of_4_by_cusparselt(dtype, take):
     exact = [grad.double(), values.double(), index, None]
     close(got, nm_conv._grad_input_reference(*exact, 16, 7, 8, 2, 4, *GEOMETRY), torch.bfloat16)
     assert LT.stub_lt_count(b"matmul") >= before + 2
+
+
+def test_csr_without_a_plan_looks_at_every_index():
+    values, crow, col = csr_of(random_weight(12, 6 * 9, 0.7))
+    x, values = torch.randn(2, 6, 7, 8), values.float()
+    size = conv.output_size(x.shape[2:], *GEOMETRY[:4])
+    grad = torch.randn(2, 12, *size)
+    with pytest.raises(RuntimeError, match=r"csr_conv2d: expected col to rise .* in \[0, 54\)"):
+        csr_conv_cuda._conv(x, values, crow, col + 54, None, None, None, *GEOMETRY)
+    with pytest.raises(RuntimeError, match="csr_conv2d_grad_input: expected col to rise"):
+        csr_conv_cuda._grad_input(grad, values, crow, col + 54, None, 6, 7, 8, *GEOMETRY)
+    with pytest.raises(RuntimeError, match="csr_conv2d_grad_values: expected col to rise"):
+        csr_conv_cuda._grad_values(grad, x, crow, col + 54, None, *GEOMETRY)

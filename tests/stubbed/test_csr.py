@@ -259,3 +259,49 @@ def test_without_a_plan_every_index_is_looked_at():
         csr_cuda._linear(x, values, crow, col + 37)
     with pytest.raises(RuntimeError, match=r"csr_linear_grad_values: expected col to rise"):
         csr_cuda._grad_values(torch.randn(9, 21), x, crow, col + 37, None)
+    with pytest.raises(RuntimeError, match=r"csr_linear_grad_input: expected col to rise"):
+        csr_cuda._grad_input(torch.randn(9, 21), values, crow, col + 37, None, 37)
+
+
+def test_what_a_first_backward_has_made_vouches(only):
+    """A layer without schedules for gradients comes with an empty one; a capture cannot look."""
+    _, values, crow, col = problem(torch.float32)
+    grad, empty = torch.randn(9, 21), torch.empty(0, dtype=torch.int32)
+    only("cusparse 3c")
+    with pytest.raises(RuntimeError, match=r"csr_linear_grad_input: expected crow to start at 0"):
+        csr_cuda._grad_input(grad, values, crow + 1, col, empty, 37)
+    want = grad.double() @ dense_of(values, crow, col, 37)
+    with pytest.MonkeyPatch.context() as patch:
+        looked = []
+        patch.setattr(csr_cuda, "check_indices", lambda op, *rest: looked.append(op))
+        for _ in range(2):
+            close(csr_cuda._grad_input(grad, values, crow, col, empty, 37), want, torch.float32)
+    assert looked == ["csr_linear_grad_input", "csr_plan"]
+
+
+@pytest.mark.parametrize("given", [None, torch.empty(0, dtype=torch.int32)], ids=["none", "empty"])
+def test_nothing_is_looked_at_in_a_capture(given, monkeypatch):
+    x, values, crow, col = problem(torch.float32)
+    grad = torch.randn(9, 21)
+    monkeypatch.setattr(csr_cuda, "capturing", lambda like: True)
+    said = "expected a plan made by csr_plan while a CUDA graph is captured, got none"
+    with pytest.raises(RuntimeError, match=f"csr_linear: {said}"):
+        csr_cuda._linear(x, values, crow, col, None, given)
+    with pytest.raises(RuntimeError, match=f"csr_linear_grad_input: {said}"):
+        csr_cuda._grad_input(grad, values, crow, col, given, 37)
+    with pytest.raises(RuntimeError, match=f"csr_linear_grad_values: {said}"):
+        csr_cuda._grad_values(grad, x, crow, col, given)
+
+
+def test_an_empty_plan_serves_two_patterns(only):
+    """And both directions: nothing made for one of them is taken for another."""
+    empty, problems = torch.empty(0, dtype=torch.int32), []
+    for sparsity in (0.6, 0.8):
+        problems.append(problem(torch.float32, sparsity=sparsity))
+    only("cusparse 3c")
+    for x, values, crow, col in 2 * problems:
+        weight, grad = dense_of(values, crow, col, 37), torch.randn(9, 21)
+        y = csr_cuda._linear(x, values, crow, col, None, empty)
+        close(y, x.double() @ weight.t(), torch.float32)
+        back = csr_cuda._grad_input(grad, values, crow, col, empty, 37)
+        close(back, grad.double() @ weight, torch.float32)

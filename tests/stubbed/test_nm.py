@@ -249,3 +249,52 @@ def test_nothing_leaks():
             )
     assert LT.stub_lt_count(b"selection freed") == gone[0] + 2
     assert LT.stub_lt_count(b"plan freed") == gone[1]
+
+
+def wrong_index(index):
+    """Positions that fall inside of a group."""
+    return torch.full_like(index, 0b0001_0001)
+
+
+def test_without_a_plan_every_position_is_looked_at():
+    """mma.sp, say, has no result for positions that do not rise."""
+    x, values, index = problem(torch.bfloat16)
+    grad, wrong, nm = torch.randn(11, 48).bfloat16(), wrong_index(index), (2, 4)
+    said = "expected index with positions that rise strictly inside each group"
+    empty = torch.empty(0, dtype=torch.int32)
+    for plan in (None, empty):
+        with pytest.raises(RuntimeError, match=f"nm_linear: {said}"):
+            nm_cuda._linear(x, values, wrong, None, plan, None, *nm)
+        with pytest.raises(RuntimeError, match=f"nm_linear_grad_input: {said}"):
+            nm_cuda._grad_input(grad, values, wrong, plan, 32, *nm)
+        with pytest.raises(RuntimeError, match=f"nm_linear_grad_values: {said}"):
+            nm_cuda._grad_values(grad, x, wrong, plan, *nm)
+
+
+def test_what_was_looked_at_with_an_empty_plan_is_not_looked_at_again(monkeypatch):
+    x, values, index = problem(torch.bfloat16)
+    grad, empty, looked = torch.randn(11, 48).bfloat16(), torch.empty(0, dtype=torch.int32), []
+    check = nm_cuda.slot_columns
+    monkeypatch.setattr(nm_cuda, "slot_columns", lambda op, *a: looked.append(op) or check(op, *a))
+    for _ in range(2):
+        nm_cuda._grad_values(grad, x, index, empty, 2, 4)
+        nm_cuda._grad_input(grad, values, index, empty, 32, 2, 4)
+    assert looked == ["nm_linear_grad_values", "nm_plan"]  # the second: is it transposable
+
+
+def test_nothing_is_looked_at_in_a_capture(monkeypatch):
+    x, values, index = problem(torch.bfloat16)
+    monkeypatch.setattr(nm_cuda, "capturing", lambda like: True)
+    said = "nm_linear: expected a plan made by nm_plan while a CUDA graph is captured, got none"
+    with pytest.raises(RuntimeError, match=said):
+        nm_cuda._linear(x, values, index, None, None, None, 2, 4)
+
+
+def test_a_weight_of_another_size_is_refused():
+    x, values, index = problem(torch.bfloat16)
+    said = r"nm_linear: expected index of shape \(48, 4\), got \(48, 3\)"
+    with pytest.raises(RuntimeError, match=said):
+        nm_cuda._linear(x, values, index[:, :3], None, None, None, 2, 4)
+    said = r"nm_linear: expected values of shape \(48, 16\), got \(48, 15\)"
+    with pytest.raises(RuntimeError, match=said):
+        nm_cuda._linear(x, values[:, :15], index, None, None, None, 2, 4)

@@ -59,6 +59,10 @@ def csr_problem(tokens, rows, cols, sparsity, dtype):
         (64, 128, 1100, 1, FP16),
         (2, 48, 2048, 16, BF16),  # parts without columns
         (2, 48, 2048, 8, BF16),  # the largest cluster
+        (1, 14341, 264, 1, BF16),  # as many rows, then columns, as layers of Llama-3 have, and some
+        (16, 14341, 136, 2, FP16),
+        (8, 40, 14340, 7, FP16),
+        (64, 33, 14344, 4, BF16),
     ],
 )
 def test_two_four(tokens, rows, cols, split, dtype):
@@ -86,6 +90,8 @@ def test_two_four(tokens, rows, cols, split, dtype):
         (16, 1, 5, 0.2, BF16),
         (5, 9, 8, 0.95, FP16),
         (64, 140, 96, 0.4, BF16),
+        (1, 14341, 264, 0.6, BF16),
+        (16, 40, 14340, 0.6, FP16),
     ],
 )
 def test_unstructured(way, tokens, rows, cols, sparsity, dtype):

@@ -1,6 +1,7 @@
 """Calls like one before go straight to the way that was chosen then."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -114,18 +115,64 @@ def test_arguments_that_differ_are_checked(layer):
         layer(x)
 
 
+def broken(message):
+    def way(x, values, bias, plan):
+        raise RuntimeError(message)
+
+    return way
+
+
 def test_a_way_that_fails_later_is_left(layer, long_way):
     x = torch.randn(3, COLS).bfloat16()
     layer.check(x)
     record = cuda_support.recall(layer.rest[0])
     (key,) = record.quick
+    bad = record.quick[key] = broken("out of memory\nand more")
+    cuda_support._STATED.clear()
+    said = r"sparsekern: (csr|nm|block)_linear was computed anew after an error: out of memory$"
+    with pytest.warns(RuntimeWarning, match=said) as warned:
+        layer.check(x)
+        assert len(long_way) == 2 and record.quick[key] is not bad
+        record.quick[key] = bad  # once more: it is said once
+        layer.check(x)
+    assert len([w for w in warned if "anew" in str(w.message)]) == 1
 
-    def broken(x, values, bias):
+
+def test_the_first_error_comes_with_that_of_the_long_way(layer, monkeypatch):
+    x = torch.randn(3, COLS).bfloat16()
+    layer.check(x)
+    record = cuda_support.recall(layer.rest[0])
+    (key,) = record.quick
+    record.quick[key] = broken("an illegal memory access")
+    monkeypatch.setattr(layer.module, "run_fastest", lambda *a: broken("lost")(*[None] * 4))
+    with pytest.raises(RuntimeError, match=r"^lost$") as raised:
+        layer(x)
+    assert str(raised.value.__context__) == "an illegal memory access"
+    assert raised.value.__context__.__traceback__ is not None
+    assert not record.quick
+
+
+def test_what_a_failed_way_has_allocated_is_let_go_before_the_next(layer, monkeypatch):
+    x = torch.randn(3, COLS).bfloat16()
+    layer.check(x)
+    record = cuda_support.recall(layer.rest[0])
+    (key,) = record.quick
+    seen = []
+
+    def way(x, values, bias, plan):
+        large = torch.empty(1000)
+        seen.append(weakref.ref(large))
         raise RuntimeError("out of memory")
 
-    record.quick[key] = broken
+    run = layer.module.run_fastest
+
+    def after(*arguments):
+        assert seen[0]() is None
+        return run(*arguments)
+
+    record.quick[key] = way
+    monkeypatch.setattr(layer.module, "run_fastest", after)
     layer.check(x)
-    assert len(long_way) == 2 and record.quick[key] is not broken
 
 
 def test_calls_are_bounded_and_go_with_the_plan(layer, monkeypatch):
