@@ -59,6 +59,7 @@ class ConversionReport:
         fused: Names of the activations that sparse layers compute now.
         pools: Names of the max pools that run by way of channels_last.
         residuals: Names of the blocks whose residual sums convolutions add.
+        pads: Names of the blocks whose images are padded by the convolutions that read them.
         part_images: How many images of a batch run at a time, None where whole batches do.
         part_gain: How many times faster that is than whole batches.
         norms: Names of the batch normalisations that train by an op of ours.
@@ -78,12 +79,20 @@ class ConversionReport:
     fused: list[str] = field(default_factory=list)
     pools: list[str] = field(default_factory=list)
     residuals: list[str] = field(default_factory=list)
+    pads: list[str] = field(default_factory=list)
     part_images: int | None = None
     part_gain: float | None = None
     norms: list[str] = field(default_factory=list)
     fusion_error: float | None = None
     reverted: bool = False
     notes: list[str] = field(default_factory=list)
+
+    def add_block(self, name: str, sums: int, pads: int) -> None:
+        """A block that runs by a rewritten forward."""
+        if sums:
+            self.residuals.append(name)
+        if pads:
+            self.pads.append(name)
 
     @property
     def n_sparse(self) -> int:
@@ -129,6 +138,8 @@ class ConversionReport:
         if self.residuals:
             blocks = ", ".join(self.residuals)
             lines.append(f"{len(self.residuals)} blocks add residuals in convolutions: {blocks}")
+        if self.pads:
+            lines.append(f"{len(self.pads)} blocks pad in convolutions: {', '.join(self.pads)}")
         if self.part_images:
             text = f"batches of images run in parts of {self.part_images}"
             lines.append(f"{text}: {self.part_gain:.2f}x faster than whole")

@@ -72,9 +72,10 @@ def convert_to_sparse(
     that nothing else reads it (see `fold_batchnorm`); the outputs of the whole model are compared.
     Max pools run by way of channels_last where that is faster. The modules become an nn.Identity;
     `to_dense` brings activations back, a folded model stays folded. Blocks whose forward can be
-    traced (torch.fx) get one in which convolutions add the residual, and compute the activation
-    behind the sum. Depthwise convolutions are timed whatever their zeros. A batch of images runs in
-    parts where that is measured to be faster and gives the same (without gradients, eagerly).
+    traced (torch.fx) get one in which convolutions add the residual, compute the activation behind
+    the sum, and put the zeros of `F.pad` around their input. Depthwise convolutions are timed
+    whatever their zeros. A batch of images runs in parts where that is measured to be faster and
+    gives the same (without gradients, eagerly).
 
     For training nothing is folded, only ReLU is fused (its gradient needs no more than its output),
     max pools are chosen by forward and backward together, and batch normalisations, with the ReLU
@@ -389,11 +390,10 @@ def _describe(result: ConversionReport, job: _Job, candidates: list[Candidate]) 
     if taken:
         result.folded = job.folds.names
         for slot, stand_in in (pair for c in taken for pair in c.fused):
-            kinds = {
-                ChannelsLastMaxPool2d: result.pools,
-                ContiguousBatchNorm2d: result.norms,
-                FusedBlock: result.residuals,
-            }
+            if isinstance(stand_in, FusedBlock):
+                result.add_block(slot.name, stand_in.sums, stand_in.pads)
+                continue
+            kinds = {ChannelsLastMaxPool2d: result.pools, ContiguousBatchNorm2d: result.norms}
             kinds.get(type(stand_in), result.fused).append(slot.name)
         if job.folds.reason:
             result.notes.append(job.folds.reason)

@@ -260,3 +260,20 @@ def test_large_images_are_written_whole(size):
     x = torch.randn(1, 2, *size)
     sparse = sk.SparseConv2d.from_dense(conv, sparsity=0.5)
     torch.testing.assert_close(sparse(x), sparse.to_dense()(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    ("kernel", "size"), [(1, (112, 96)), (3, (96, 112)), (3, (100, 111))], ids=str
+)
+def test_large_results_of_lines_are_written_whole(kernel, size, stride, isa):
+    """From 4 MiB on, without panels; surplus lanes of a row that is no whole line stay ordinary."""
+    conv = nn.Conv2d(4, 128 * stride**2, kernel, stride, kernel // 2)
+    x = torch.randn(1, 4, *size)
+    sparse = sk.SparseConv2d.from_dense(conv, sparsity=0.8, activation="relu6")
+    want = sparse.to_dense()(x)
+    assert want.numel() * 4 >= 4 << 20
+    torch.testing.assert_close(sparse(x), want, rtol=1e-4, atol=1e-5)
+    residual = torch.randn_like(want)
+    want = nn.functional.relu6(sparse.to_dense()[0](x) + residual)
+    torch.testing.assert_close(sparse(x, residual), want, rtol=1e-4, atol=1e-5)
