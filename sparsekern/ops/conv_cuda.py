@@ -112,10 +112,8 @@ def _block_ways(op, values, index, shape, x, geometry, activation, source=None) 
     `source` makes the input of the product where that is not x.
     """
     crow, col, slot, order = index
-    block, rows = (
-        tuple(values.shape[1:]) if slot is None else tuple(values.shape[:0:-1]),
-        len(order),
-    )
+    block = tuple(values.shape[1:]) if slot is None else tuple(values.shape[:0:-1])
+    rows = len(order)
     if not takes_kernel(op, values, block[0]) or 0 in (*shape, values.numel(), x.numel()):
         return {}
     image = math.prod(shape[1:])
