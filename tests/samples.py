@@ -20,6 +20,7 @@ class Sample:
     build: Callable  # (dtype) -> tuple of arguments
     nnz_per_row: int  # longest sum, for the tolerance
     grads: tuple[int, ...]  # positions of the differentiable arguments
+    uneven: bool = False  # padding of four integers, which some kernels are never given
 
 
 def csr_of(weight: torch.Tensor):
@@ -114,6 +115,10 @@ def _nm(tokens, cols, rows, n, m, *, bias=True, act="none", plan=True):
     return Sample(name.replace(" ", ""), build, max(1, cols), (0, 1, 3) if bias else (0, 1))
 
 
+def _is_uneven(padding) -> bool:
+    return not isinstance(padding, int) and len(padding) == 4
+
+
 def _other_conv(n, c, size, out, kernel, block=None, nm=None, sparsity=0.5, *, stride=1, padding=0,
                 dilation=1, groups=1, bias=True, act="none", plan=True):  # fmt: skip
     """A convolution in blocks (`block=(R, C)`) or N:M (`nm=(n, m)`)."""
@@ -139,7 +144,8 @@ def _other_conv(n, c, size, out, kernel, block=None, nm=None, sparsity=0.5, *, s
         f"N{n}-C{c}-O{out}-{size}-k{kernel}-s{stride}-p{padding}-d{dilation}-g{groups}"
         f"-{block or nm}-{sparsity}-{act}-{bias}-{plan}"
     ).replace(" ", "")
-    return Sample(name, build, taps * channels, (0, 1, last) if bias else (0, 1))
+    grads = (0, 1, last) if bias else (0, 1)
+    return Sample(name, build, taps * channels, grads, _is_uneven(padding))
 
 
 def _conv(n, c, size, out, kernel, sparsity, *, stride=1, padding=0, dilation=1, groups=1,
@@ -170,7 +176,7 @@ def _conv(n, c, size, out, kernel, sparsity, *, stride=1, padding=0, dilation=1,
         f"-{act}{'' if bias else '-nobias'}{'' if plan else '-noplan'}{'-residual' * residual}"
     ).replace(" ", "")
     grads = (0, 1, *((4,) if bias else ()), *((13,) if residual else ()))
-    return Sample(name, build, 9 * c // groups, grads)
+    return Sample(name, build, 9 * c // groups, grads, _is_uneven(padding))
 
 
 def _few(rows, cols, sparsity, **options):

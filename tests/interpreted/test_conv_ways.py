@@ -69,6 +69,7 @@ def all_close(ways, op, want):
 
 # The interpreter takes a millisecond for eight stored weights and 128 pixels: the small samples.
 SMALL = [SAMPLES["csr_conv2d"][i] for i in (1, 3, 5, 7, 8, 11)]
+NM = [s for s in SAMPLES["nm_conv2d"] if not s.uneven]  # the others are padded before they get here
 
 
 @pytest.mark.parametrize("planned", [True, False], ids=["plan", "noplan"])
@@ -123,7 +124,7 @@ def test_few_pixels_take_the_kernel_of_few_tokens(ways):
 
 
 @pytest.mark.parametrize("planned", [True, False], ids=["plan", "noplan"])
-@pytest.mark.parametrize("sample", SAMPLES["nm_conv2d"], ids=lambda s: s.id)
+@pytest.mark.parametrize("sample", NM, ids=lambda s: s.id)
 def test_nm(sample, planned, ways):
     layout = torch.contiguous_format if planned else torch.channels_last
     x, values, index, bias, _, _, *nm, kernel, stride, padding, dilation, groups, act = (
