@@ -106,6 +106,8 @@ def fused_blocks(model: nn.Module, inputs) -> list[tuple[BlockSlot, FusedBlock]]
         for name, one in fused.items():
             if bool(one.sums) is with_sums and not any(_overlap(name, other) for other in chosen):
                 chosen[name] = one
+    if not chosen:
+        return []
     right = _compare(model, inputs, {blocks[name]: one for name, one in chosen.items()})
     names = [name for name in blocks if name in chosen and blocks[name] in right]
     return [(BlockSlot(blocks[name], name), chosen[name]) for name in names]
