@@ -191,7 +191,7 @@ def extensions() -> list:
     }
     cpu = (
         *("ops", "int8", "dynamic", "conv", "block", "block_ops", "nm", "nm_ops", "norm"),
-        *("driver", "conv_lines", "depthwise", "few_tokens", "isa"),
+        *("driver", "seal", "conv_lines", "depthwise", "few_tokens", "isa"),
     )
     cpu = [f"csrc/cpu/{name}.cpp" for name in cpu]
     found = [CppExtension("sparsekern._C", [*cpu, "csrc/host/module.cpp"], **common)]

@@ -99,13 +99,13 @@ void check_block_sizes(const std::string& op, const Tensor& values, const Tensor
 void check_block_plan(const std::string& op, const BlockPattern& p,
                       const std::optional<Tensor>& plan) {
   if (!plan || plan->numel() == 0) return validate(op, p.view);
-  const Tensor given = check_plan_tensor(op, "plan", *plan);
+  const Tensor given = check_sealed(op, "plan", "block_plan", *plan, {p.crow, p.col});
   const int32_t* have = given.const_data_ptr<int32_t>();
   const std::vector<int32_t> want = plan_header(p.view, kBlockMagic);
   const bool ours = given.numel() == kPlanHeader && have[0] == kBlockMagic;
   if (ours && p.view.taps == 1 && have[2] != want[2])
     fail(op, "x.size(-1) = in_features = " + std::to_string(have[2]), std::to_string(want[2]));
-  if (!ours || !std::equal(want.begin(), want.end(), have))
+  if (!ours || !same_header(want, have))
     fail(op, "plan made by block_plan for this pattern", "a plan of another pattern");
 }
 
@@ -120,7 +120,7 @@ BlockTransposed get_block_transposed(const std::string& op, const BlockPattern& 
   const int32_t* data;
   int64_t size;
   if (plan_t && plan_t->numel() > 0) {
-    t.given = check_plan_tensor(op, "plan_t", *plan_t);
+    t.given = check_sealed(op, "plan_t", "block_plan", *plan_t, {p.crow, p.col});
     data = t.given.const_data_ptr<int32_t>(), size = t.given.numel();
   } else {
     validate(op, p.view);
@@ -130,8 +130,7 @@ BlockTransposed get_block_transposed(const std::string& op, const BlockPattern& 
   t.view = transposed_view(p.view);
   const std::vector<int32_t> want = plan_header(t.view, kBlockTransposedMagic);
   const int64_t rows = t.view.groups * t.view.block_rows_per_group();
-  if (size != kPlanHeader + rows + 1 + 2 * t.view.n_blocks ||
-      !std::equal(want.begin(), want.end(), data))
+  if (size != kPlanHeader + rows + 1 + 2 * t.view.n_blocks || !same_header(want, data))
     fail(op, "plan_t made by block_plan(transpose=True) for this pattern",
          "a plan of another pattern");
   t.view.crow = data + kPlanHeader;

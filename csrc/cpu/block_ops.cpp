@@ -212,8 +212,9 @@ Tensor block_plan_cpu(const Tensor& crow, const Tensor& col, int64_t rows, int64
   const std::string op = "block_plan";
   const BlockPattern p =
       check_block_pattern(op, crow, col, {rows, channels, block_rows, block_cols, groups, taps});
-  return plan_tensor(transpose ? get_block_transposed(op, p, std::nullopt).own
-                               : make_block_plan(op, p));
+  return sealed_plan(
+      transpose ? get_block_transposed(op, p, std::nullopt).own : make_block_plan(op, p),
+      {p.crow, p.col});
 }
 
 }  // namespace

@@ -80,19 +80,6 @@ static void validate(const std::string& op, const Pattern& p) {
             [&](const std::string& wanted, const std::string& have) { fail(op, wanted, have); });
 }
 
-Tensor check_plan_tensor(const std::string& op, const char* name, const Tensor& t) {
-  check_cpu(op, name, t);
-  check_dtype(op, name, t, {ScalarType::Int});
-  check_dim(op, name, t, 1);
-  return packed(t);
-}
-
-Tensor plan_tensor(const std::vector<int32_t>& words) {
-  const Tensor out = empty_tensor({static_cast<int64_t>(words.size())}, ScalarType::Int);
-  std::copy(words.begin(), words.end(), out.mutable_data_ptr<int32_t>());
-  return out;
-}
-
 PanelTokens panel_tokens() {
   return {kernels().width * panel_vectors(), kernels().width * kernels().sddmm_vectors};
 }
@@ -102,7 +89,7 @@ PlanHolder get_plan(const std::string& op, const Pattern& p, const std::optional
   const int32_t* data;
   int64_t size;
   if (plan && plan->numel() > 0) {
-    h.given = check_plan_tensor(op, "plan", *plan);
+    h.given = check_sealed(op, "plan", "csr_plan", *plan, {p.crow, p.col});
     data = h.given.const_data_ptr<int32_t>(), size = h.given.numel();
   } else {
     validate(op, p);
@@ -141,7 +128,7 @@ PlanHolder get_values_plan(const std::string& op, const Pattern& p,
               &h.view);
     return h;
   }
-  h.given = check_plan_tensor(op, "plan_t", *plan_t);
+  h.given = check_sealed(op, "plan_t", "csr_plan", *plan_t, {p.crow, p.col});
   const int32_t* data = h.given.const_data_ptr<int32_t>();
   if (data[0] != kTransposedMagic) return get_plan(op, p, plan_t);
   if (!view_values_plan(data, h.given.numel(), p.rows, p.cols, p.nnz, p.groups, p.taps, &h.view))
@@ -156,7 +143,7 @@ TransposedHolder get_transposed(const std::string& op, const Pattern& p,
   const int32_t* data;
   int64_t size;
   if (plan_t && plan_t->numel() > 0) {
-    h.given = check_plan_tensor(op, "plan_t", *plan_t);
+    h.given = check_sealed(op, "plan_t", "csr_plan", *plan_t, {p.crow, p.col});
     data = h.given.const_data_ptr<int32_t>(), size = h.given.numel();
   } else {
     validate(op, p);

@@ -11,6 +11,7 @@
 #include "isa.h"
 #include "kernels.h"
 #include "pairs.h"
+#include "seal.h"
 
 namespace sparsekern {
 
@@ -23,12 +24,6 @@ struct Pattern {
   const int32_t* crow_data() const { return crow.const_data_ptr<int32_t>(); }
   const int32_t* col_data() const { return col.const_data_ptr<int32_t>(); }
 };
-
-// int32 with one dimension, contiguous.
-Tensor check_plan_tensor(const std::string& op, const char* name, const Tensor& t);
-
-// What the ops that make plans return.
-Tensor plan_tensor(const std::vector<int32_t>& words);
 
 Pattern check_pattern(const std::string& op, const Tensor& crow, const Tensor& col, int64_t nnz,
                       int64_t cols, int64_t groups = 1, int64_t taps = 1);

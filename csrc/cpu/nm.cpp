@@ -124,9 +124,9 @@ NmPlan get_nm_plan(const std::string& op, const NmPattern& p, const std::optiona
   NmPlan h;
   const int32_t* data;
   if (plan && plan->numel() > 0) {
-    h.given = check_plan_tensor(op, "plan", *plan);
+    h.given = check_sealed(op, "plan", "nm_plan", *plan, {p.index});
     data = h.given.const_data_ptr<int32_t>();
-    if (h.given.numel() != size || !std::equal(header.begin(), header.end(), data))
+    if (h.given.numel() != size || !same_header(header, data))
       fail(op, "plan made by nm_plan for this pattern", "a plan of another pattern");
   } else {
     check_positions(op, v);
@@ -149,7 +149,7 @@ NmTwin get_nm_twin(const std::string& op, const NmPattern& p, const std::optiona
   const int32_t* data;
   int64_t size;
   if (plan_t && plan_t->numel() > 0) {
-    t.given = check_plan_tensor(op, "plan_t", *plan_t);
+    t.given = check_sealed(op, "plan_t", "nm_plan", *plan_t, {p.index});
     data = t.given.const_data_ptr<int32_t>(), size = t.given.numel();
   } else {
     check_positions(op, p.view);
@@ -164,7 +164,7 @@ NmTwin get_nm_twin(const std::string& op, const NmPattern& p, const std::optiona
     fail(op, "plan_t made by nm_plan(transpose=True) for this pattern",
          "a plan of another pattern");
   };
-  if (size < head || !std::equal(want.begin(), want.end(), data)) refuse();
+  if (size < head || !same_header(want, data)) refuse();
   const TransposedShape shape = transposed_shape(v.rows, v.cols(), v.groups, v.taps);
   if (!view_transposed(data + head, size - head, shape, nnz, v.groups, &t.transposed) ||
       !view_values_plan(data + head, size - head, v.rows, v.cols(), nnz, v.groups, v.taps, &t.plan))

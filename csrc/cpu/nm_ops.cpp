@@ -204,8 +204,9 @@ Tensor nm_plan_cpu(const Tensor& index, int64_t rows, int64_t channels, int64_t 
                    int64_t groups, int64_t taps, bool transpose) {
   const std::string op = "nm_plan";
   const NmPattern p = check_nm_pattern(op, index, {rows, channels, n, m, groups, taps});
-  return plan_tensor(transpose ? get_nm_twin(op, p, std::nullopt).own
-                               : get_nm_plan(op, p, std::nullopt).own);
+  return sealed_plan(
+      transpose ? get_nm_twin(op, p, std::nullopt).own : get_nm_plan(op, p, std::nullopt).own,
+      {p.index});
 }
 
 }  // namespace

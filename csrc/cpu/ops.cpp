@@ -138,9 +138,11 @@ Tensor csr_plan_cpu(const Tensor& crow, const Tensor& col, int64_t cols, int64_t
   if (pairs && (transpose || groups > 1 || taps > 1))
     fail(op, "pairs only for the forward plan of a linear layer",
          "transpose, groups or taps besides");
-  if (pairs) return plan_tensor(make_pairs_plan(op, p));
-  if (transpose) return plan_tensor(get_transposed(op, p, std::nullopt).own);
-  return plan_tensor(get_plan(op, p, std::nullopt).own);
+  const auto words = [&] {
+    if (pairs) return make_pairs_plan(op, p);
+    return transpose ? get_transposed(op, p, std::nullopt).own : get_plan(op, p, std::nullopt).own;
+  };
+  return sealed_plan(words(), {p.crow, p.col});
 }
 
 }  // namespace

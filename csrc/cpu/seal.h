@@ -1,0 +1,35 @@
+// Binds a plan to the indices it was made of. The kernels trust a plan blindly: one of another
+// pattern, or one whose words were changed, would lead them out of their buffers or to another
+// product. So the header of a plan carries a fingerprint of its indices and one of itself, and no
+// kernel sees a plan before both were found right.
+//
+// That reads every word, so it is done once: a plan that lives where it was made is remembered with
+// the tensors it was made of (which it keeps alive, so that no other tensor can take their place in
+// memory) and with the version that torch counts for each. As long as none of these changed, a call
+// compares pointers and counters. Copies of a plan are read at every call. Writes that torch does
+// not count (`tensor.data`, numpy) are not seen.
+#pragma once
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+#include "../check.h"
+
+namespace sparsekern {
+
+constexpr int64_t kSealWord = 9;  // of a plan's header: two fingerprints of two int32 each
+
+using Indices = std::initializer_list<Tensor>;  // contiguous, on the CPU
+
+// The plan as a tensor, sealed: bound to `indices`, which were checked.
+Tensor sealed_plan(std::vector<int32_t> words, Indices indices);
+
+// Refuses a plan that was not made of these indices or was changed since; `maker` is the op that
+// makes such plans. Returns it contiguous, with a whole header.
+Tensor check_sealed(const std::string& op, const char* name, const char* maker, const Tensor& plan,
+                    Indices indices);
+
+// Whether two headers say the same, whatever their seals.
+bool same_header(const std::vector<int32_t>& want, const int32_t* have);
+
+}  // namespace sparsekern
