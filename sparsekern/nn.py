@@ -11,6 +11,7 @@ from .prune.targets import is_conv1d_of_transformers
 from .weight_base import SparseWeight
 from .weights import FORMATS, check_format
 
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 ACTIVATIONS = ("none", "relu", "relu6", "gelu", "gelu_tanh")
 
 
@@ -88,9 +89,12 @@ class _SparseLayer(nn.Module):
         The dtype of the weight decides what is computed in; under autocast the input may come in
         any floating dtype and the result goes out in autocast's, as from nn.Linear.
         """
-        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-            return x.to(self.weight.compute_dtype), torch.get_autocast_dtype(x.device.type)
-        return x, None
+        if not _is_any_autocast_enabled():
+            return x, None
+        kind = x.device.type  # asking costs more than all else here
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return x, None
+        return x.to(self.weight.compute_dtype), torch.get_autocast_dtype(kind)
 
 
 class SparseLinear(_SparseLayer):
