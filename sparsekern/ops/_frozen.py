@@ -4,12 +4,12 @@ Their arguments are x, values, scales, the index tensors of the format, bias, pl
 format, activation.
 """
 
-from . import derivatives
+from . import batching, derivatives, flops
 from ._library import FROM_OUTPUT, activation_backward
 
 
 def register_frozen(forward, grad_input, indices: int = 2) -> None:
-    """Register the gradients of an op.
+    """Register the gradients of an op, its batches and its flops.
 
     Args:
         forward: The op.
@@ -18,6 +18,8 @@ def register_frozen(forward, grad_input, indices: int = 2) -> None:
         indices: Index tensors of the format.
     """
     derivatives.register(forward, _setup_context(indices), _backward(forward, grad_input, indices))
+    batching.register(forward)
+    flops.register(forward)
 
 
 def _setup_context(indices: int):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import derivatives
+from . import batching, derivatives, flops
 from ._library import FROM_OUTPUT, activation_backward
 
 
@@ -62,11 +62,14 @@ class Format:
 
 
 def register_format(f: Format) -> None:
-    """Register the derivatives of the three ops of a format."""
+    """Register the derivatives of the three ops of a format, their batches and their flops."""
     backward, jvp = _product_backward(f), _product_jvp(f)
     derivatives.register(f.product, _product_context(f), backward, jvp)
     for op, rule in ((f.grad_input, _grad_input_rule), (f.grad_values, _grad_values_rule)):
         derivatives.register(op, *rule(f), _bilinear_jvp(op))
+    for op in (f.product, f.grad_input, f.grad_values):
+        batching.register(op, conv=f.conv, folds=op is not f.grad_values)
+        flops.register(op)
 
 
 def _product_context(f: Format):

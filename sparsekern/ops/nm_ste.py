@@ -13,7 +13,7 @@ are differentiable in turn, in the same way.
 import torch
 
 from ..patterns_nm import COMPARED, NM, TransposableNM, largest_members
-from . import derivatives
+from . import batching, derivatives, flops
 from ._library import check_values, define
 
 LINEAR, GRAD_INPUT, PRUNE = "nm_ste_linear", "nm_ste_linear_grad_input", "nm_prune"
@@ -130,3 +130,7 @@ def _grad_input_backward(ctx, change):
 derivatives.refuse(nm_prune, "nm_ste_linear passes them on")
 derivatives.register(nm_ste_linear, _linear_context, _linear_backward)
 derivatives.register(nm_ste_linear_grad_input, _grad_input_context, _grad_input_backward)
+for _op in (nm_ste_linear, nm_ste_linear_grad_input):
+    batching.register(_op)
+    flops.register(_op)
+batching.register(nm_prune, folds=False)

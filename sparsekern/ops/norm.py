@@ -8,7 +8,7 @@ float64; the activation is none, relu or relu6.
 
 import torch
 
-from . import derivatives
+from . import batching, derivatives
 from ._library import FROM_OUTPUT, activate, activation_backward, define
 
 NORM, NORM_GRAD = "batch_norm", "batch_norm_grad"
@@ -94,3 +94,5 @@ def _backward(ctx, grad, *_):
 
 derivatives.register(batch_norm, _setup_context, _backward)
 derivatives.refuse(batch_norm_grad, "the gradient of batch_norm is differentiable")
+batching.register(batch_norm, folds=False)
+batching.register(batch_norm_grad, folds=False)
