@@ -28,10 +28,14 @@ def register(op, *, conv: bool = False, folds: bool = True) -> None:
             return _one_by_one(op, info.batch_size, batched, args)
         for i, argument in enumerate(args):
             if names[i] in _TOKENS and argument is not None:
-                tokens = argument if batched[i] else argument.expand(info.batch_size, *argument.shape)
+                tokens = (
+                    argument if batched[i] else argument.expand(info.batch_size, *argument.shape)
+                )
                 args[i] = tokens.flatten(0, 1) if conv else tokens
         y = op(*args)
-        return (y.unflatten(0, (info.batch_size, y.shape[0] // max(1, info.batch_size))) if conv else y), 0
+        return (
+            y.unflatten(0, (info.batch_size, y.shape[0] // max(1, info.batch_size))) if conv else y
+        ), 0
 
     torch.library.register_vmap(op._schema.name, rule, lib=LIBRARY)
 
@@ -39,7 +43,9 @@ def register(op, *, conv: bool = False, folds: bool = True) -> None:
 def _one_by_one(op, size: int, batched: list[bool], args: list):
     """The results of all samples, stacked in front."""
     if size == 0:  # one made up, for the shape of the results
-        args = [a.new_zeros(1, *a.shape[1:]) if b else a for a, b in zip(args, batched, strict=True)]
+        args = [
+            a.new_zeros(1, *a.shape[1:]) if b else a for a, b in zip(args, batched, strict=True)
+        ]
     results = [
         op(*(a[i] if b else a for a, b in zip(args, batched, strict=True)))
         for i in range(max(1, size))

@@ -32,7 +32,8 @@ def register(op, setup_context: Callable, backward: Callable, jvp: Callable | No
     apply = _function(op, setup_context, backward, jvp)
 
     def kernel(keyset, *args):
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args) or _in_forward_ad()):
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if not (recorded or _in_forward_ad()):
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(keyset & _BELOW, *args)
         args += defaults[len(args) :]  # the dispatcher leaves out what equals its default

@@ -203,9 +203,12 @@ def _product_jvp(f: Format):
         linear[bias_at] = None
         if f.residual:
             linear[residual_at] = None
-        tangent = sum(_bilinear_terms(f.product, linear, tangents), torch.zeros_like(pre_activation))
+        tangent = sum(
+            _bilinear_terms(f.product, linear, tangents), torch.zeros_like(pre_activation)
+        )
         if tangents[bias_at] is not None:
-            tangent = tangent + tangents[bias_at][(..., None, None) if f.conv else ...]
+            bias = tangents[bias_at]
+            tangent = tangent + (bias[:, None, None] if f.conv else bias)
         if f.residual and tangents[residual_at] is not None:
             tangent = tangent + tangents[residual_at]
         # The derivative of an activation is a factor per value, whichever way it is taken.
