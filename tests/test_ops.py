@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops_common import OPS, cases, small, with_grads
 from samples import SAMPLES, csr_of, random_blocks, random_nm, random_weight
 
 import sparsekern as sk
@@ -13,14 +14,6 @@ from sparsekern._load import _C
 from sparsekern.ops import block, block_conv, conv, csr, nm, nm_conv
 from sparsekern.ops.uneven import pad_first
 
-OPS = {
-    "csr_linear": csr.csr_linear,
-    "csr_conv2d": conv.csr_conv2d,
-    "block_linear": block.block_linear,
-    "block_conv2d": block_conv.block_conv2d,
-    "nm_linear": nm.nm_linear,
-    "nm_conv2d": nm_conv.nm_conv2d,
-}
 REFERENCES = {
     "csr_linear": csr._linear_reference,
     "csr_conv2d": conv._conv_reference,
@@ -31,22 +24,6 @@ REFERENCES = {
 }
 REFERENCES = {name: pad_first(name, function) for name, function in REFERENCES.items()}
 EPSILON = {torch.float64: 1e-15, torch.float32: 1.2e-7, torch.bfloat16: 8e-3}
-
-cases = [
-    pytest.param(name, sample, id=f"{name}-{sample.id}")
-    for name, samples in SAMPLES.items()
-    for sample in samples
-]
-small = [
-    case for case in cases if sum(a.numel() for a in case.values[1].build(torch.float64)[:2]) < 2500
-]
-
-
-def with_grads(arguments, positions):
-    return [
-        a.detach().clone().requires_grad_() if i in positions else a
-        for i, a in enumerate(arguments)
-    ]
 
 
 def run(function, arguments, positions, grad):

@@ -1,13 +1,28 @@
-"""Gradients of the ops whose weight is frozen: to x and bias only.
+"""Gradients of the ops whose weight is frozen: to x and bias only, of any order.
 
 Their arguments are x, values, scales, the index tensors of the format, bias, plan, the sizes of the
 format, activation.
 """
 
+from . import batching, derivatives, flops
 from ._library import FROM_OUTPUT, activation_backward
 
 
-def setup_context(indices: int = 2):
+def register_frozen(forward, grad_input, indices: int = 2) -> None:
+    """Register the gradients of an op, its batches and its flops.
+
+    Args:
+        forward: The op.
+        grad_input: `(grad, (values, scales, *index), in_features, sizes)` to the gradient of x, by
+            ops that are differentiable.
+        indices: Index tensors of the format.
+    """
+    derivatives.register(forward, _setup_context(indices), _backward(forward, grad_input, indices))
+    batching.register(forward)
+    flops.register(forward)
+
+
+def _setup_context(indices: int):
     """What saves for the gradients of an op with this many index tensors, and nothing else."""
 
     def save(ctx, inputs, output):
@@ -26,15 +41,7 @@ def setup_context(indices: int = 2):
     return save
 
 
-def backward(forward, grad_input, indices: int = 2):
-    """The backward function of an op.
-
-    Args:
-        forward: The op.
-        grad_input: `(grad, (values, scales, *index), in_features, sizes)` to the gradient of x.
-        indices: Index tensors of the format.
-    """
-
+def _backward(forward, grad_input, indices: int):
     def gradients(ctx, grad):
         x, *weight, bias, plan, output = ctx.saved_tensors
 

@@ -105,6 +105,8 @@ def activate(y: torch.Tensor, activation: str, op: str) -> torch.Tensor:
 
 def activation_backward(grad, activation: str, output, pre_activation):
     """Gradient before the activation; `pre_activation` is called only where it is needed."""
+    if activation in FROM_OUTPUT and torch.is_grad_enabled():
+        output = output.detach()  # a step: its own derivative is 0, so that nobody asks for it
     if activation == "relu":
         return torch.ops.aten.threshold_backward(grad, output, 0)
     if activation == "relu6":
@@ -113,31 +115,6 @@ def activation_backward(grad, activation: str, output, pre_activation):
         approximate = "tanh" if activation == "gelu_tanh" else "none"
         return torch.ops.aten.gelu_backward(grad, pre_activation(), approximate=approximate)
     return grad
-
-
-def save_for_gradients(ctx, parts, output, residual=None) -> None:
-    """Save what the gradients will ask for and nothing else; `ctx.activation` must be set.
-
-    `parts`: x, values, the index tensors of the format, bias, plan, plan_t. A residual comes last.
-    """
-    x, values, *index, bias, plan, plan_t = parts
-    needs_x, needs_values = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
-    recompute = ctx.activation.startswith("gelu")  # its gradient needs the sum before it
-    ctx.save_for_backward(
-        x if needs_values or recompute else None,
-        values if needs_x or recompute else None,
-        *index,
-        bias if recompute else None,
-        plan,
-        plan_t,
-        output if ctx.activation in FROM_OUTPUT else None,
-        *(() if residual is None else (residual if recompute else None,)),
-    )
-
-
-def gradient_plan(plan, plan_t):
-    """The schedule of the weight gradient: in `plan_t`, or `plan` where that is not made."""
-    return plan if plan_t is None or plan_t.numel() == 0 else plan_t
 
 
 def check_indices(op: str, crow: torch.Tensor, col: torch.Tensor, cols: int) -> None:

@@ -10,13 +10,12 @@ import torch
 
 from ._library import (
     activate,
-    activation_backward,
     check_indices,
     check_values,
     define,
     row_of_each,
-    save_for_gradients,
 )
+from .gradients import Format, register_format
 
 LINEAR = "block_linear"
 
@@ -105,32 +104,12 @@ block_linear_grad_values = define(
 )
 
 
-def _setup_context(ctx, inputs, output):
-    x, values = inputs[:2]
-    ctx.out_features, ctx.activation = inputs[7:]
-    ctx.in_features, ctx.block = x.shape[-1], values.shape[1:]
-    save_for_gradients(ctx, inputs[:7], output)
-
-
-def _backward(ctx, grad):
-    x, values, crow, col, bias, plan, plan_t, output = ctx.saved_tensors
-
-    def pre_activation():
-        return block_linear(x, values, crow, col, bias, plan, None, ctx.out_features, "none")
-
-    grad = activation_backward(grad, ctx.activation, output, pre_activation)
-    needs = ctx.needs_input_grad
-    grad_x = grad_values = grad_bias = None
-    if needs[0]:
-        grad_x = block_linear_grad_input(grad, values, crow, col, plan_t, ctx.in_features)
-    if needs[1]:
-        grad_values = block_linear_grad_values(grad, x, crow, col, plan, *ctx.block)
-    if needs[4]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, grad_values, None, None, grad_bias, None, None, None, None
-
-
-torch.library.register_autograd("sparsekern::block_linear", _backward, setup_context=_setup_context)
+register_format(
+    Format(
+        block_linear, block_linear_grad_input, block_linear_grad_values,
+        blocks=True, values_plan="plan",
+    )
+)  # fmt: skip
 
 
 def _plan_reference(

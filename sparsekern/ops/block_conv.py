@@ -8,9 +8,10 @@ anew in each group. The result is contiguous (n, out, oh, ow). Geometry as nn.Co
 
 import torch
 
-from ._library import activation_backward, check_indices, define, save_for_gradients
+from ._library import check_indices, define
 from .block import blocks_to_dense, dense_to_blocks
 from .conv import GEOMETRY, dense_conv, dense_grad_input, empty_conv
+from .gradients import Format, register_format
 
 CONV = "block_conv2d"
 
@@ -86,33 +87,9 @@ block_conv2d_grad_values = define(
 )
 
 
-def _setup_context(ctx, inputs, output):
-    x, values = inputs[:2]
-    ctx.out_channels, *ctx.geometry, ctx.activation = inputs[7:]
-    ctx.input_size, ctx.block = x.shape[1:], values.shape[1:]
-    save_for_gradients(ctx, inputs[:7], output)
-
-
-def _backward(ctx, grad):
-    x, values, crow, col, bias, plan, plan_t, output = ctx.saved_tensors
-
-    def pre_activation():
-        return block_conv2d(
-            x, values, crow, col, bias, plan, None, ctx.out_channels, *ctx.geometry, "none"
-        )
-
-    grad = activation_backward(grad, ctx.activation, output, pre_activation)
-    needs = ctx.needs_input_grad
-    grad_x = grad_values = grad_bias = None
-    if needs[0]:
-        grad_x = block_conv2d_grad_input(
-            grad, values, crow, col, plan_t, *ctx.input_size, *ctx.geometry
-        )
-    if needs[1]:
-        grad_values = block_conv2d_grad_values(grad, x, crow, col, plan, *ctx.block, *ctx.geometry)
-    if needs[4]:
-        grad_bias = grad.sum((0, 2, 3))
-    return grad_x, grad_values, None, None, grad_bias, *[None] * 9
-
-
-torch.library.register_autograd("sparsekern::block_conv2d", _backward, setup_context=_setup_context)
+register_format(
+    Format(
+        block_conv2d, block_conv2d_grad_input, block_conv2d_grad_values,
+        conv=True, blocks=True, values_plan="plan",
+    )
+)  # fmt: skip

@@ -7,7 +7,7 @@ float32, the scale is applied to the sum. The weight is frozen: gradients go to 
 
 import torch
 
-from . import _frozen
+from ._frozen import register_frozen
 from ._library import activate, define, row_of_each
 from .block import block_linear_grad_input, blocks_to_dense
 
@@ -52,8 +52,4 @@ def grad_input(grad, weight, in_features, sizes):
     return block_linear_grad_input(grad, wide, crow, col, None, in_features)
 
 
-torch.library.register_autograd(
-    f"sparsekern::{OP}",
-    _frozen.backward(block_linear_int8, grad_input),
-    setup_context=_frozen.setup_context(),
-)
+register_frozen(block_linear_int8, grad_input)

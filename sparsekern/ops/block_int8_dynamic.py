@@ -11,7 +11,7 @@ of Bengio et al. 2013).
 
 import torch
 
-from . import _frozen
+from ._frozen import register_frozen
 from ._library import activate, define
 from .block import blocks_to_dense
 from .block_int8 import grad_input
@@ -49,8 +49,4 @@ block_linear_int8_dynamic = define(
     _reference,
     _fake,
 )
-torch.library.register_autograd(
-    f"sparsekern::{OP}",
-    _frozen.backward(block_linear_int8_dynamic, grad_input),
-    setup_context=_frozen.setup_context(),
-)
+register_frozen(block_linear_int8_dynamic, grad_input)

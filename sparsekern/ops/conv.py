@@ -10,15 +10,13 @@ import torch
 
 from ._library import (
     activate,
-    activation_backward,
     check_indices,
     check_values,
     csr_to_dense,
     define,
-    gradient_plan,
     row_of_each,
-    save_for_gradients,
 )
+from .gradients import Format, register_format
 
 CONV = "csr_conv2d"
 GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
@@ -141,34 +139,9 @@ csr_conv2d_grad_values = define(
 )
 
 
-def _setup_context(ctx, inputs, output):
-    *ctx.geometry, ctx.activation, residual = inputs[7:]
-    ctx.input_size = inputs[0].shape[1:]
-    save_for_gradients(ctx, inputs[:7], output, residual)
-
-
-def _backward(ctx, grad):
-    x, values, crow, col, bias, plan, plan_t, output, *rest = ctx.saved_tensors
-
-    def pre_activation():
-        parts = (x, values, crow, col, bias, plan, None)
-        return csr_conv2d(*parts, *ctx.geometry, "none", *rest)
-
-    grad = activation_backward(grad, ctx.activation, output, pre_activation)
-    needs = ctx.needs_input_grad
-    grad_x = grad_values = grad_bias = None
-    if needs[0]:
-        grad_x = csr_conv2d_grad_input(
-            grad, values, crow, col, plan_t, *ctx.input_size, *ctx.geometry
-        )
-    if needs[1]:
-        plans = gradient_plan(plan, plan_t)
-        grad_values = csr_conv2d_grad_values(grad, x, crow, col, plans, *ctx.geometry)
-    if needs[4]:
-        grad_bias = grad.sum((0, 2, 3))
-    # Trailing arguments that have their defaults are not counted.
-    grad_residual = grad if len(needs) > 13 and needs[13] else None
-    return grad_x, grad_values, None, None, grad_bias, *[None] * 8, grad_residual
-
-
-torch.library.register_autograd("sparsekern::csr_conv2d", _backward, setup_context=_setup_context)
+register_format(
+    Format(
+        csr_conv2d, csr_conv2d_grad_input, csr_conv2d_grad_values,
+        conv=True, values_plan="either", residual=True,
+    )
+)  # fmt: skip

@@ -15,15 +15,13 @@ import torch
 
 from ._library import (
     activate,
-    activation_backward,
     check_indices,
     check_values,
     csr_to_dense,
     define,
-    gradient_plan,
     row_of_each,
-    save_for_gradients,
 )
+from .gradients import Format, register_format
 
 LINEAR = "csr_linear"
 
@@ -75,31 +73,9 @@ csr_linear_grad_values = define(
 )
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.activation = inputs[7]
-    ctx.in_features = inputs[0].shape[-1]
-    save_for_gradients(ctx, inputs[:7], output)
-
-
-def _backward(ctx, grad):
-    x, values, crow, col, bias, plan, plan_t, output = ctx.saved_tensors
-
-    def pre_activation():
-        return csr_linear(x, values, crow, col, bias, plan, None, "none")
-
-    grad = activation_backward(grad, ctx.activation, output, pre_activation)
-    needs = ctx.needs_input_grad
-    grad_x = grad_values = grad_bias = None
-    if needs[0]:
-        grad_x = csr_linear_grad_input(grad, values, crow, col, plan_t, ctx.in_features)
-    if needs[1]:
-        grad_values = csr_linear_grad_values(grad, x, crow, col, gradient_plan(plan, plan_t))
-    if needs[4]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, grad_values, None, None, grad_bias, None, None, None
-
-
-torch.library.register_autograd("sparsekern::csr_linear", _backward, setup_context=_setup_context)
+register_format(
+    Format(csr_linear, csr_linear_grad_input, csr_linear_grad_values, values_plan="either")
+)
 
 
 def _plan_reference(crow, col, cols, groups=1, taps=1, transpose=False, pairs=False):

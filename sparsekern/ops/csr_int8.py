@@ -7,7 +7,7 @@ and plan as in csr_linear. Weight-only: products and sums are float32 (Dettmers 
 
 import torch
 
-from . import _frozen
+from ._frozen import register_frozen
 from ._library import activate, csr_to_dense, define, row_of_each
 from .csr import csr_linear_grad_input
 
@@ -44,8 +44,4 @@ def _grad_input(grad, weight, in_features, sizes):
     return csr_linear_grad_input(grad, wide, crow, col, None, in_features)
 
 
-torch.library.register_autograd(
-    f"sparsekern::{OP}",
-    _frozen.backward(csr_linear_int8, _grad_input),
-    setup_context=_frozen.setup_context(),
-)
+register_frozen(csr_linear_int8, _grad_input)

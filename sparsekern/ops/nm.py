@@ -11,7 +11,8 @@ gradients run on) are made by nm_plan; without them the ops make their own on ea
 
 import torch
 
-from ._library import activate, activation_backward, check_values, define, save_for_gradients
+from ._library import activate, check_values, define
+from .gradients import Format, register_format
 
 LINEAR = "nm_linear"
 
@@ -130,31 +131,7 @@ nm_linear_grad_values = define(
 )
 
 
-def _setup_context(ctx, inputs, output):
-    *ctx.nm, ctx.activation = inputs[6:]
-    ctx.in_features = inputs[0].shape[-1]
-    save_for_gradients(ctx, inputs[:6], output)
-
-
-def _backward(ctx, grad):
-    x, values, index, bias, plan, plan_t, output = ctx.saved_tensors
-
-    def pre_activation():
-        return nm_linear(x, values, index, bias, plan, None, *ctx.nm, "none")
-
-    grad = activation_backward(grad, ctx.activation, output, pre_activation)
-    needs = ctx.needs_input_grad
-    grad_x = grad_values = grad_bias = None
-    if needs[0]:
-        grad_x = nm_linear_grad_input(grad, values, index, plan_t, ctx.in_features, *ctx.nm)
-    if needs[1]:
-        grad_values = nm_linear_grad_values(grad, x, index, plan_t, *ctx.nm)
-    if needs[3]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return grad_x, grad_values, None, grad_bias, *[None] * 5
-
-
-torch.library.register_autograd("sparsekern::nm_linear", _backward, setup_context=_setup_context)
+register_format(Format(nm_linear, nm_linear_grad_input, nm_linear_grad_values, indices=1))
 
 
 def _plan_reference(index, rows, channels, n, m, groups=1, taps=1, transpose=False):

@@ -7,8 +7,9 @@ result is contiguous (n, out, oh, ow). Geometry as nn.Conv2d defines it.
 
 import torch
 
-from ._library import activation_backward, define, save_for_gradients
+from ._library import define
 from .conv import GEOMETRY, dense_conv, dense_grad_input, empty_conv
+from .gradients import Format, register_format
 from .nm import nm_to_dense, slot_columns, slot_count
 
 CONV = "nm_conv2d"
@@ -87,31 +88,6 @@ nm_conv2d_grad_values = define(
 )
 
 
-def _setup_context(ctx, inputs, output):
-    ctx.nm = inputs[6:8]
-    *ctx.geometry, ctx.activation = inputs[8:]
-    ctx.input_size = inputs[0].shape[1:]
-    save_for_gradients(ctx, inputs[:6], output)
-
-
-def _backward(ctx, grad):
-    x, values, index, bias, plan, plan_t, output = ctx.saved_tensors
-
-    def pre_activation():
-        return nm_conv2d(x, values, index, bias, plan, None, *ctx.nm, *ctx.geometry, "none")
-
-    grad = activation_backward(grad, ctx.activation, output, pre_activation)
-    needs = ctx.needs_input_grad
-    grad_x = grad_values = grad_bias = None
-    if needs[0]:
-        grad_x = nm_conv2d_grad_input(
-            grad, values, index, plan_t, *ctx.input_size, *ctx.nm, *ctx.geometry
-        )
-    if needs[1]:
-        grad_values = nm_conv2d_grad_values(grad, x, index, plan_t, *ctx.nm, *ctx.geometry)
-    if needs[3]:
-        grad_bias = grad.sum((0, 2, 3))
-    return grad_x, grad_values, None, grad_bias, *[None] * 10
-
-
-torch.library.register_autograd("sparsekern::nm_conv2d", _backward, setup_context=_setup_context)
+register_format(
+    Format(nm_conv2d, nm_conv2d_grad_input, nm_conv2d_grad_values, indices=1, conv=True)
+)

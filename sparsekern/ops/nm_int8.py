@@ -14,7 +14,7 @@ makes its whole token NaN or infinite.
 
 import torch
 
-from . import _frozen
+from ._frozen import register_frozen
 from ._library import define
 from .nm import nm_linear, nm_linear_grad_input
 
@@ -83,8 +83,4 @@ def _grad_input(grad, weight, in_features, sizes):
     return nm_linear_grad_input(grad, wide, index, None, in_features, *sizes[:2])
 
 
-torch.library.register_autograd(
-    f"sparsekern::{OP}",
-    _frozen.backward(nm_linear_int8, _grad_input, indices=1),
-    setup_context=_frozen.setup_context(indices=1),
-)
+register_frozen(nm_linear_int8, _grad_input, indices=1)

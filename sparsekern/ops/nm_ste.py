@@ -4,7 +4,8 @@ Shapes: x (..., in), W (out, in), bias (out,), all of one floating dtype; in is 
 out, too, where the mask is `transposable` (n of every m along both, the one with the largest sum of
 each m x m tile; Hubara et al. 2021, arXiv:2102.08124). For training on the fly: the mask follows W
 at every call. The gradient of W is that by the pruned weight, for kept and dropped ones alike
-(straight-through, Zhou et al. 2021, arXiv:2102.04010, eq. 7); the gradient of x is grad P(W).
+(straight-through, Zhou et al. 2021, arXiv:2102.04010, eq. 7); the gradient of x is grad P(W). Both
+are differentiable in turn, in the same way.
 
 `nm_prune` gives P(W), dense. Of equal weights the first are kept.
 """
@@ -12,6 +13,7 @@ at every call. The gradient of W is that by the pruned weight, for kept and drop
 import torch
 
 from ..patterns_nm import COMPARED, NM, TransposableNM, largest_members
+from . import batching, derivatives, flops
 from ._library import check_values, define
 
 LINEAR, GRAD_INPUT, PRUNE = "nm_ste_linear", "nm_ste_linear_grad_input", "nm_prune"
@@ -87,13 +89,13 @@ nm_ste_linear_grad_input = define(
 )
 
 
-def _setup_context(ctx, inputs, output):
+def _linear_context(ctx, inputs, output):
     x, weight, _, *ctx.pattern = inputs
     needs = ctx.needs_input_grad
     ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
 
 
-def _backward(ctx, grad):
+def _linear_backward(ctx, grad):
     x, weight = ctx.saved_tensors
     needs = ctx.needs_input_grad
     grad_x = grad_weight = grad_bias = None
@@ -107,4 +109,28 @@ def _backward(ctx, grad):
     return grad_x, grad_weight, grad_bias, None, None, None
 
 
-torch.library.register_autograd(f"sparsekern::{LINEAR}", _backward, setup_context=_setup_context)
+def _grad_input_context(ctx, inputs, output):
+    grad, weight, *ctx.pattern = inputs
+    needs = ctx.needs_input_grad
+    ctx.save_for_backward(grad if needs[1] else None, weight if needs[0] else None)
+
+
+def _grad_input_backward(ctx, change):
+    """As that of W + (P(W) - W) with a constant in brackets, which straight-through stands for."""
+    grad, weight = ctx.saved_tensors
+    grad_grad = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_grad = nm_ste_linear(change, weight, None, *ctx.pattern)
+    if ctx.needs_input_grad[1]:
+        flat = grad.reshape(-1, grad.shape[-1])
+        grad_weight = flat.t() @ change.reshape(-1, change.shape[-1])
+    return grad_grad, grad_weight, None, None, None
+
+
+derivatives.refuse(nm_prune, "nm_ste_linear passes them on")
+derivatives.register(nm_ste_linear, _linear_context, _linear_backward)
+derivatives.register(nm_ste_linear_grad_input, _grad_input_context, _grad_input_backward)
+for _op in (nm_ste_linear, nm_ste_linear_grad_input):
+    batching.register(_op)
+    flops.register(_op)
+batching.register(nm_prune, folds=False)

@@ -8,6 +8,7 @@ float64; the activation is none, relu or relu6.
 
 import torch
 
+from . import batching, derivatives
 from ._library import FROM_OUTPUT, activate, activation_backward, define
 
 NORM, NORM_GRAD = "batch_norm", "batch_norm_grad"
@@ -82,8 +83,16 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
-    grads = batch_norm_grad(grad, *ctx.saved_tensors, ctx.eps, ctx.activation)
+    x, *sums, weight, bias = ctx.saved_tensors
+    if torch.is_grad_enabled():  # for derivatives of higher order: all of it by ops of torch
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        grads = _grad_reference(grad, x, mean, var, weight, bias, ctx.eps, ctx.activation)
+    else:
+        grads = batch_norm_grad(grad, x, *sums, weight, bias, ctx.eps, ctx.activation)
     return *grads, None, None
 
 
-torch.library.register_autograd("sparsekern::batch_norm", _backward, setup_context=_setup_context)
+derivatives.register(batch_norm, _setup_context, _backward)
+derivatives.refuse(batch_norm_grad, "the gradient of batch_norm is differentiable")
+batching.register(batch_norm, folds=False)
+batching.register(batch_norm_grad, folds=False)
