@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .chain import is_hooked, shallow_copy, slots
 from .measure.timer import interleaved
 from .ops._library import activate
-from .ops.norm import batch_norm
+from .ops.norm import call_batch_norm
 from .tune import training_call
 
 
@@ -33,7 +33,7 @@ class ContiguousBatchNorm2d(nn.BatchNorm2d):
         known = x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64)
         if not batch or not known or x.numel() <= x.shape[1]:  # torch refuses single values
             return activate(super().forward(x), self.activation, "batch_norm")
-        y, mean, var = batch_norm(x, self.weight, self.bias, self.eps, self.activation)
+        y, mean, var = call_batch_norm(x, self.weight, self.bias, self.eps, self.activation)
         if self.training and self.track_running_stats:
             self._remember(mean.detach(), var.detach(), x.numel() // x.shape[1])
         return y

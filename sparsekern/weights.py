@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from .ops._library import row_of_each
-from .ops.block import block_linear, block_plan, blocks_to_dense, dense_to_blocks, split_blocks
-from .ops.block_conv import block_conv2d
-from .ops.conv import add_residual, csr_conv2d
-from .ops.csr import csr_linear, csr_plan
-from .ops.nm import nm_linear, nm_plan, nm_to_dense, pack_index, slot_columns
-from .ops.nm_conv import nm_conv2d
+from .ops.block import block_plan, blocks_to_dense, call_block_linear, dense_to_blocks, split_blocks
+from .ops.block_conv import call_block_conv2d
+from .ops.conv import add_residual, call_csr_conv2d
+from .ops.csr import call_csr_linear, csr_plan
+from .ops.nm import call_nm_linear, nm_plan, nm_to_dense, pack_index, slot_columns
+from .ops.nm_conv import call_nm_conv2d
 from .patterns import NM, parse
 from .tiles import as_3d
 from .weight_base import SparseWeight, dense_weight
@@ -72,12 +72,16 @@ class CSRWeight(SparseWeight):
 
     def linear(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """act(x W^T + b) for x `(..., in)`; bias `(out,)`."""
-        return csr_linear(x, *self._arguments(bias), activation)
+        b = self._buffers
+        return call_csr_linear(
+            x, self._parameters["values"], b["crow"], b["col"], bias, b["plan"], b["plan_t"],
+            activation,
+        )  # fmt: skip
 
     def conv2d(self, x, bias, stride, padding, dilation, activation: str, residual=None) -> Tensor:
         """act(conv2d(x, W) + b + residual), x `(n, in, h, w)`; contiguous `(n, out, oh, ow)`."""
         geometry = (self.shape[2:], stride, padding, dilation, self.groups)
-        return csr_conv2d(x, *self._arguments(bias), *geometry, activation, residual)
+        return call_csr_conv2d(x, *self._arguments(bias), *geometry, activation, residual)
 
     def _arguments(self, bias):
         # Straight from the dicts: an attribute of a module costs 0.4 us, a small layer 5 us.
@@ -166,14 +170,18 @@ class BlockWeight(SparseWeight):
 
     def linear(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """act(x W^T + b) for x `(..., in)`; bias `(out,)`."""
-        return block_linear(x, *self._arguments(bias), activation)
+        b = self._buffers
+        return call_block_linear(
+            x, self._parameters["values"], b["block_crow"], b["block_col"], bias, b["plan"],
+            b["plan_t"], self.shape[0], activation,
+        )  # fmt: skip
 
     def conv2d(self, x, bias, stride, padding, dilation, activation: str, residual=None) -> Tensor:
         """act(conv2d(x, W) + b + residual), x `(n, in, h, w)`; contiguous `(n, out, oh, ow)`."""
         geometry = (self.shape[2:], stride, padding, dilation, self.groups)
         if residual is None:
-            return block_conv2d(x, *self._arguments(bias), *geometry, activation)
-        y = block_conv2d(x, *self._arguments(bias), *geometry, "none")
+            return call_block_conv2d(x, *self._arguments(bias), *geometry, activation)
+        y = call_block_conv2d(x, *self._arguments(bias), *geometry, "none")
         return add_residual("block_conv2d", y, residual, activation)
 
     def _arguments(self, bias):
@@ -254,14 +262,18 @@ class NMWeight(SparseWeight):
 
     def linear(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """act(x W^T + b) for x `(..., in)`; bias `(out,)`."""
-        return nm_linear(x, *self._arguments(bias), activation)
+        b = self._buffers
+        return call_nm_linear(
+            x, self._parameters["values"], b["index"], bias, b["plan"], b["plan_t"], self.n, self.m,
+            activation,
+        )  # fmt: skip
 
     def conv2d(self, x, bias, stride, padding, dilation, activation: str, residual=None) -> Tensor:
         """act(conv2d(x, W) + b + residual), x `(n, in, h, w)`; contiguous `(n, out, oh, ow)`."""
         geometry = (self.shape[2:], stride, padding, dilation, self.groups)
         if residual is None:
-            return nm_conv2d(x, *self._arguments(bias), *geometry, activation)
-        y = nm_conv2d(x, *self._arguments(bias), *geometry, "none")
+            return call_nm_conv2d(x, *self._arguments(bias), *geometry, activation)
+        y = call_nm_conv2d(x, *self._arguments(bias), *geometry, "none")
         return add_residual("nm_conv2d", y, residual, activation)
 
     def take(self, other: "NMWeight") -> None:

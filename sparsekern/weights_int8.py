@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from .ops._library import row_of_each
-from .ops.block_int8 import block_linear_int8, dequantize_blocks
-from .ops.block_int8_dynamic import block_linear_int8_dynamic
-from .ops.csr_int8 import csr_linear_int8, dequantize
-from .ops.nm_int8 import LARGEST, dequantize_rows, nm_linear_int8, to_bytes
+from .ops.block_int8 import call_block_linear_int8, dequantize_blocks
+from .ops.block_int8_dynamic import call_block_linear_int8_dynamic
+from .ops.csr_int8 import call_csr_linear_int8, dequantize
+from .ops.nm_int8 import LARGEST, call_nm_linear_int8, dequantize_rows, to_bytes
 from .patterns import NM, parse
 from .weight_base import SparseWeight
 from .weight_checks import check, check_dynamic, check_int8, check_int8_block, check_int8_nm
@@ -136,7 +136,7 @@ class Int8CSRWeight(_Int8Weight, CSRWeight):
         self._refuse_training()
         b = self._buffers
         index = (b["values"], b["scales"], b["crow"], b["col"])
-        return csr_linear_int8(x, *index, bias, b["plan"], activation)
+        return call_csr_linear_int8(x, *index, bias, b["plan"], activation)
 
     def _check(self, parts) -> None:
         check_int8(*parts.values(), self.shape)
@@ -154,7 +154,7 @@ class Int8BlockWeight(_Int8Weight, BlockWeight):
     format = "block_int8"
     parts = ("values", "scales", "block_crow", "block_col")
     wide = BlockWeight
-    _linear = staticmethod(block_linear_int8)
+    _linear = staticmethod(call_block_linear_int8)
 
     def __init__(self, values, scales, block_crow, block_col, shape, pattern, plans=True):
         check_int8_block(values, scales, block_crow, block_col, shape)
@@ -193,7 +193,7 @@ class DynamicInt8BlockWeight(Int8BlockWeight):
     """
 
     format = "block_int8_dynamic"
-    _linear = staticmethod(block_linear_int8_dynamic)
+    _linear = staticmethod(call_block_linear_int8_dynamic)
 
     def __init__(self, values, scales, block_crow, block_col, shape, pattern, plans=True):
         super().__init__(values, scales, block_crow, block_col, shape, pattern, plans)
@@ -252,7 +252,7 @@ class Int8NMWeight(_Int8Weight, NMWeight):
         b = self._buffers
         weight = (b["values"], b["scales"], b["index"])
         sizes = (self.n, self.m, self.dynamic)
-        return nm_linear_int8(x, *weight, bias, b["plan"], *sizes, activation)
+        return call_nm_linear_int8(x, *weight, bias, b["plan"], *sizes, activation)
 
     def _check(self, parts) -> None:
         name = type(self).__name__

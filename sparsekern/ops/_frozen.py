@@ -4,11 +4,13 @@ Their arguments are x, values, scales, the index tensors of the format, bias, pl
 format, activation.
 """
 
+from collections.abc import Callable
+
 from . import batching, derivatives, flops
 from ._library import FROM_OUTPUT, activation_backward
 
 
-def register_frozen(forward, grad_input, indices: int = 2) -> None:
+def register_frozen(forward, grad_input, indices: int = 2) -> Callable:
     """Register the gradients of an op, its batches and its flops.
 
     Args:
@@ -16,10 +18,15 @@ def register_frozen(forward, grad_input, indices: int = 2) -> None:
         grad_input: `(grad, (values, scales, *index), in_features, sizes)` to the gradient of x, by
             ops that are differentiable.
         indices: Index tensors of the format.
+
+    Returns:
+        The op, as `derivatives.register` hands it back.
     """
-    derivatives.register(forward, _setup_context(indices), _backward(forward, grad_input, indices))
+    backward = _backward(forward, grad_input, indices)
+    call = derivatives.register(forward, _setup_context(indices), backward)
     batching.register(forward)
     flops.register(forward)
+    return call
 
 
 def _setup_context(indices: int):

@@ -104,7 +104,7 @@ block_linear_grad_values = define(
 )
 
 
-register_format(
+call_block_linear = register_format(
     Format(
         block_linear, block_linear_grad_input, block_linear_grad_values,
         blocks=True, values_plan="plan",

@@ -87,7 +87,7 @@ block_conv2d_grad_values = define(
 )
 
 
-register_format(
+call_block_conv2d = register_format(
     Format(
         block_conv2d, block_conv2d_grad_input, block_conv2d_grad_values,
         conv=True, blocks=True, values_plan="plan",

@@ -52,4 +52,4 @@ def grad_input(grad, weight, in_features, sizes):
     return block_linear_grad_input(grad, wide, crow, col, None, in_features)
 
 
-register_frozen(block_linear_int8, grad_input)
+call_block_linear_int8 = register_frozen(block_linear_int8, grad_input)

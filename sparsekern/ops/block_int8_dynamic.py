@@ -49,4 +49,4 @@ block_linear_int8_dynamic = define(
     _reference,
     _fake,
 )
-register_frozen(block_linear_int8_dynamic, grad_input)
+call_block_linear_int8_dynamic = register_frozen(block_linear_int8_dynamic, grad_input)

@@ -139,7 +139,7 @@ csr_conv2d_grad_values = define(
 )
 
 
-register_format(
+call_csr_conv2d = register_format(
     Format(
         csr_conv2d, csr_conv2d_grad_input, csr_conv2d_grad_values,
         conv=True, values_plan="either", residual=True,

@@ -73,7 +73,7 @@ csr_linear_grad_values = define(
 )
 
 
-register_format(
+call_csr_linear = register_format(
     Format(csr_linear, csr_linear_grad_input, csr_linear_grad_values, values_plan="either")
 )
 

@@ -44,4 +44,4 @@ def _grad_input(grad, weight, in_features, sizes):
     return csr_linear_grad_input(grad, wide, crow, col, None, in_features)
 
 
-register_frozen(csr_linear_int8, _grad_input)
+call_csr_linear_int8 = register_frozen(csr_linear_int8, _grad_input)

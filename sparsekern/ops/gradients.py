@@ -11,6 +11,7 @@ of them are the other two, so there are gradients of any order. Their arguments 
 `outputs` and `block` belong to formats of blocks, `residual` to kernels that add it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -61,15 +62,20 @@ class Format:
         return plan_t if self.values_plan == "plan_t" else plan
 
 
-def register_format(f: Format) -> None:
-    """Register the derivatives of the three ops of a format, their batches and their flops."""
+def register_format(f: Format) -> Callable:
+    """Register the derivatives of the three ops of a format, their batches and their flops.
+
+    Returns:
+        The product, as `derivatives.register` hands it back.
+    """
     backward, jvp = _product_backward(f), _product_jvp(f)
-    derivatives.register(f.product, _product_context(f), backward, jvp)
+    call = derivatives.register(f.product, _product_context(f), backward, jvp)
     for op, rule in ((f.grad_input, _grad_input_rule), (f.grad_values, _grad_values_rule)):
         derivatives.register(op, *rule(f), _bilinear_jvp(op))
     for op in (f.product, f.grad_input, f.grad_values):
         batching.register(op, conv=f.conv, folds=op is not f.grad_values)
         flops.register(op)
+    return call
 
 
 def _product_context(f: Format):

@@ -131,7 +131,9 @@ nm_linear_grad_values = define(
 )
 
 
-register_format(Format(nm_linear, nm_linear_grad_input, nm_linear_grad_values, indices=1))
+call_nm_linear = register_format(
+    Format(nm_linear, nm_linear_grad_input, nm_linear_grad_values, indices=1)
+)
 
 
 def _plan_reference(index, rows, channels, n, m, groups=1, taps=1, transpose=False):

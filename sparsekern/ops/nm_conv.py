@@ -88,6 +88,6 @@ nm_conv2d_grad_values = define(
 )
 
 
-register_format(
+call_nm_conv2d = register_format(
     Format(nm_conv2d, nm_conv2d_grad_input, nm_conv2d_grad_values, indices=1, conv=True)
 )
