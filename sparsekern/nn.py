@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
+from .graph_leaf import GraphLeaf, Proxy
 from .patterns import NM, detect, parse
 from .prune.targets import is_conv1d_of_transformers
 from .weight_base import SparseWeight
@@ -41,7 +42,7 @@ def _meta_weight(make, shape, groups, pattern, sparsity, dtype) -> SparseWeight:
     return weight
 
 
-class _SparseLayer(nn.Module):
+class _SparseLayer(GraphLeaf):
     """What both layers share: bias, activation, autocast, training preparation."""
 
     weight: SparseWeight
@@ -192,6 +193,8 @@ class SparseLinear(_SparseLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Y = act(x W^T + b)."""
+        if isinstance(x, Proxy):
+            return self.traced(x)
         x, dtype = self._autocast(x)
         y = self._modules["weight"].linear(x, self._parameters["bias"], self.activation)
         return y if dtype is None else y.to(dtype)
@@ -318,6 +321,8 @@ class SparseConv2d(_SparseLayer):
             pads: Zeros around x before the padding of the layer, `(left, right, top, bottom)` as
                 `torch.nn.functional.pad` takes them.
         """
+        if isinstance(x, Proxy) or isinstance(residual, Proxy):
+            return self.traced(x, residual, activation, pads)
         if x.dim() == 3:
             batch = None if residual is None else residual.unsqueeze(0)
             return self.forward(x.unsqueeze(0), batch, activation, pads).squeeze(0)

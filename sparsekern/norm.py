@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from .chain import is_hooked, shallow_copy, slots
+from .graph_leaf import GraphLeaf, Proxy
 from .measure.timer import interleaved
 from .ops._library import activate
 from .ops.norm import call_batch_norm
 from .tune import training_call
 
 
-class ContiguousBatchNorm2d(nn.BatchNorm2d):
+class ContiguousBatchNorm2d(GraphLeaf, nn.BatchNorm2d):
     """nn.BatchNorm2d with an activation; the same parameters and buffers, contiguous results.
 
     Attributes:
@@ -29,6 +30,8 @@ class ContiguousBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.BatchNorm2d and the activation, for x `(n, c, h, w)`."""
+        if isinstance(x, Proxy):
+            return self.traced(x)
         batch = self.training or self.running_mean is None
         known = x.dtype == self.weight.dtype and x.dtype in (torch.float32, torch.float64)
         if not batch or not known or x.numel() <= x.shape[1]:  # torch refuses single values

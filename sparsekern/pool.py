@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from .chain import Slot, is_hooked, shallow_copy, slots
+from .graph_leaf import GraphLeaf, Proxy
 from .measure.timer import interleaved
+from .ops.derivatives import in_transform
 from .tune import inference_call, training_call
 
 
-class ChannelsLastMaxPool2d(nn.MaxPool2d):
+class ChannelsLastMaxPool2d(GraphLeaf, nn.MaxPool2d):
     """nn.MaxPool2d by way of channels_last: `(n, c, h, w)` contiguous in and out.
 
     Attributes:
@@ -26,7 +28,11 @@ class ChannelsLastMaxPool2d(nn.MaxPool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """As nn.MaxPool2d; the result is contiguous."""
-        if x.requires_grad and torch.is_grad_enabled():
+        if isinstance(x, Proxy):
+            return self.traced(x)
+        if x.dim() != 4 or in_transform():  # an image alone, also one that torch.vmap picks
+            return super().forward(x).contiguous()
+        if x.requires_grad and torch.is_grad_enabled() and not torch.jit.is_tracing():
             sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
             return _MaxPool.apply(x, [list(_pair(size)) for size in sizes], self.ceil_mode)
         last = x.contiguous(memory_format=torch.channels_last)

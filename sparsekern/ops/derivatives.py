@@ -100,6 +100,13 @@ def refuse(op, instead: str) -> None:
     register(op, lambda ctx, inputs, output: None, backward)
 
 
+def in_transform() -> bool:
+    """Whether a transform of torch.func or forward mode is at work; never while compiling."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or _in_forward_ad()
+
+
 def _name(op) -> str:
     return op._schema.name.split("::")[1]
 
