@@ -49,7 +49,9 @@ class _SparseLayer(GraphLeaf):
 
     def _set_bias(self, bias: bool | Tensor | None, size: int, device, dtype) -> None:
         if isinstance(bias, Tensor):
-            self.bias = nn.Parameter(bias.detach().clone(), requires_grad=bias.requires_grad)
+            with torch.inference_mode(False):  # a parameter that can be trained later
+                fresh = bias.detach().clone()
+                self.bias = nn.Parameter(fresh, requires_grad=bias.requires_grad)
         elif bias:
             self.bias = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
         else:

@@ -30,6 +30,8 @@ class SparseWeight(nn.Module):
     def _set_up(self, shape, pattern, groups, plans: bool, values, **indices) -> None:
         """Take over checked parts; `plans=False` leaves a weight that only holds them."""
         nn.Module.__init__(self)
+        values, *fixed = (_counted(part) for part in (values, *indices.values()))
+        indices = dict(zip(indices, fixed, strict=True))
         self.shape = torch.Size(shape)
         self.pattern = str(pattern)
         self.groups = groups
@@ -41,7 +43,7 @@ class SparseWeight(nn.Module):
             self.register_buffer(name, index)
         for name in ("plan", "plan_t"):
             empty = torch.empty(0, dtype=torch.int32, device=values.device)
-            self.register_buffer(name, empty, persistent=False)
+            self.register_buffer(name, _counted(empty), persistent=False)
         if plans:
             self._make_plans(training=False)
 
@@ -133,9 +135,19 @@ class SparseWeight(nn.Module):
     def _make_plans(self, training: bool) -> None:
         if self.indices()[0].is_meta:
             return
-        self.plan = self._plan(False)
-        if training:
-            self.plan_t = self._plan(True)
+        with torch.inference_mode(False):
+            self.plan = self._plan(False)
+            if training:
+                self.plan_t = self._plan(True)
+
+    def __setstate__(self, state):
+        """What deepcopy and pickle end with: the kernels read a copy of a plan at every call."""
+        super().__setstate__(state)
+        self._renew_plans()
+
+    def _renew_plans(self) -> None:
+        if self.plan.device.type == "cpu" and self.plan.numel() > 0:
+            self._make_plans(training=self.plan_t.numel() > 0)
 
     def _plan(self, transpose: bool) -> Tensor:
         raise NotImplementedError
@@ -147,10 +159,13 @@ class SparseWeight(nn.Module):
     def _apply(self, fn, recurse=True):
         """As every module. The plans of one device mean nothing to another and are made again."""
         before, training = self._plan_depends(), self.plan_t.numel() > 0
+        memory = self.plan.data_ptr()
         super()._apply(fn, recurse)
         # What comes from the meta device has no contents yet; loading them makes the plans.
         if before != self._plan_depends() and before[0].type != "meta" and self.plan.numel() > 0:
             self._make_plans(training)
+        elif self.plan.data_ptr() != memory:  # share_memory()
+            self._renew_plans()
         return self
 
     def _load_from_state_dict(
@@ -181,6 +196,16 @@ class SparseWeight(nn.Module):
             if isinstance(old, nn.Parameter):
                 fresh = nn.Parameter(fresh, requires_grad=old.requires_grad)
             setattr(self, name, fresh)
+
+
+def _counted(part: Tensor) -> Tensor:
+    """A tensor of which torch counts the versions, which those of inference mode are not."""
+    if not part.is_inference():
+        return part
+    with torch.inference_mode(False):
+        fresh = part.clone()
+        is_parameter = isinstance(part, nn.Parameter)
+        return nn.Parameter(fresh, part.requires_grad) if is_parameter else fresh
 
 
 def dense_weight(op: str, weight: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

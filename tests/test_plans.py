@@ -1,6 +1,8 @@
 """A plan vouches for the indices it was made of, and for nothing else."""
 
+import copy
 import gc
+import pickle
 import threading
 
 import pytest
@@ -164,3 +166,47 @@ def test_many_threads_make_use_and_drop_plans():
     [t.start() for t in threads]
     [t.join() for t in threads]
     assert not failures
+
+
+def remembered(layer):
+    """Whether a change that torch does not count stays unseen: the plan was not read again."""
+    plan = layer.weight.plan
+    plan.data[2] += 1  # a size, which is compared at every call, by the seal first
+    with pytest.raises(RuntimeError) as error:
+        layer(X)
+    plan.data[2] -= 1
+    return "words were changed" not in str(error.value)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_copies_of_layers_have_plans_of_their_own(pattern, tmp_path):
+    layer = layer_of(pattern)
+    y = layer(X)
+    torch.save(layer, tmp_path / "layer.pt")
+    shared = layer_of(pattern)
+    shared.share_memory()
+    copies = [
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(tmp_path / "layer.pt", weights_only=False),
+        shared,
+        layer.double().float(),
+    ]
+    for one in copies:
+        assert torch.equal(one(X), y)
+        assert remembered(one)
+        train(one, X)
+    layer.weight.plan = layer.weight.plan.clone()
+    assert not remembered(layer)
+
+
+def test_layers_made_in_inference_mode_are_like_others():
+    dense = torch.nn.Linear(32, 32)
+    sk.prune(dense, sparsity=0.5)
+    with torch.inference_mode():
+        layer = sk.SparseLinear.from_dense(dense)
+        y = layer(X)
+    assert not any(t.is_inference() for t in (*layer.parameters(), *layer.buffers()))
+    assert remembered(layer) and torch.equal(layer(X), y)
+    train(layer, X)
+    assert layer.weight.values.grad.abs().sum() > 0
