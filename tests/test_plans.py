@@ -210,3 +210,11 @@ def test_layers_made_in_inference_mode_are_like_others():
     assert remembered(layer) and torch.equal(layer(X), y)
     train(layer, X)
     assert layer.weight.values.grad.abs().sum() > 0
+
+
+def test_what_is_written_onto_itself_is_read_once_more():
+    layer = layer_of("unstructured")
+    y = layer(X)
+    layer.weight.col.copy_(layer.weight.col.clone())
+    assert torch.equal(layer(X), y)
+    assert remembered(layer)

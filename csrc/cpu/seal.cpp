@@ -76,6 +76,12 @@ struct Known {
   std::vector<std::pair<Tensor, int64_t>> indices;  // and the version of each
 };
 
+Known known_of(const Tensor& plan, Indices indices) {
+  Known known{plan.numel(), version(plan), {}};
+  for (const Tensor& t : indices) known.indices.push_back({t, version(t)});
+  return known;
+}
+
 class Registry {
  public:
   void add(const void* plan, Known known) {
@@ -83,12 +89,22 @@ class Registry {
     plans_.insert_or_assign(plan, std::move(known));
   }
 
+  // After a look at every word: an average of a model copies all buffers onto themselves, say.
+  void renew(const Tensor& plan, Indices indices) {
+    if (!counted(plan)) return;
+    Known now = known_of(plan, indices);  // of the old ones it lets go without the lock
+    std::unique_lock lock(mutex_);
+    const auto found = plans_.find(plan.const_data_ptr());
+    if (found != plans_.end()) std::swap(found->second, now);
+    lock.unlock();
+  }
+
   void forget(const void* plan) {
-    Known last;  // let go of the tensors without the lock
+    Known last{};
     std::unique_lock lock(mutex_);
     const auto found = plans_.find(plan);
     if (found == plans_.end()) return;
-    last = std::move(found->second);
+    std::swap(found->second, last);
     plans_.erase(found);
     lock.unlock();
   }
@@ -111,6 +127,17 @@ class Registry {
   }
 
  private:
+  // Whether the plan lives where it was made, and torch counts the versions of all (asking for one
+  // that is not counted takes milliseconds).
+  bool counted(const Tensor& plan) {
+    std::shared_lock lock(mutex_);
+    const auto found = plans_.find(plan.const_data_ptr());
+    if (found == plans_.end() || found->second.version == kUncounted) return false;
+    for (const auto& [index, version] : found->second.indices)
+      if (version == kUncounted) return false;
+    return true;
+  }
+
   std::shared_mutex mutex_;
   std::unordered_map<const void*, Known> plans_;
 };
@@ -143,9 +170,7 @@ Tensor sealed_plan(std::vector<int32_t> words, Indices indices) {
   const Tensor plan = torch::stable::from_blob(
       data, {&size, 1}, {&stride, 1}, torch::stable::Device(torch::headeronly::DeviceType::CPU),
       ScalarType::Int, static_cast<torch::stable::DeleterFnPtr>([](void* p) { Release()(p); }));
-  Known known{size, version(plan), {}};
-  for (const Tensor& t : indices) known.indices.push_back({t, version(t)});
-  registry().add(data, std::move(known));
+  registry().add(data, known_of(plan, indices));
   return plan;
 }
 
@@ -163,6 +188,7 @@ Tensor check_sealed(const std::string& op, const char* name, const char* maker, 
     fail(op, wanted, "a plan whose words were changed, or none");
   if (stored(data, kSealWord) != fingerprint(indices))
     fail(op, wanted, "a plan of another pattern, or indices that were changed since");
+  registry().renew(packed, indices);
   return packed;
 }
 
