@@ -3,6 +3,7 @@
 import pytest
 import torch
 from samples import SAMPLES
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsekern.ops import block, block_conv, conv, csr, nm, nm_conv
 
@@ -30,3 +31,16 @@ def with_grads(arguments, positions):
         a.detach().clone().requires_grad_() if i in positions else a
         for i, a in enumerate(arguments)
     ]
+
+
+class Calls(TorchDispatchMode):
+    """Remembers the calls of our ops: name and arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "sparsekern":
+            self.seen.append((op._schema.name.split("::")[1], args))
+        return op(*args, **(kwargs or {}))

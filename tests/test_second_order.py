@@ -181,11 +181,11 @@ def test_pool():
 
 def test_ops_without_derivatives_say_so():
     weight = torch.randn(4, 8, requires_grad=True)
-    with pytest.raises(RuntimeError, match="nm_prune: expected results that are not diff.*nm_ste"):
+    with pytest.raises(RuntimeError, match=r"nm_prune: expected results that are not diff.*nm_ste"):
         nm_prune(weight, 2, 4, False).sum().backward()
     norm = ContiguousBatchNorm2d(3)
     grad, x = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 4, 4)
     sums = (x.mean((0, 2, 3)), x.var((0, 2, 3)))
     slopes = batch_norm_grad(grad, x, *sums, norm.weight, norm.bias, 1e-5)
-    with pytest.raises(RuntimeError, match="batch_norm_grad: expected results .* batch_norm is"):
+    with pytest.raises(RuntimeError, match=r"batch_norm_grad: expected results .* batch_norm is"):
         slopes[0].sum().backward()
