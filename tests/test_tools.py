@@ -89,9 +89,7 @@ def test_fx_traces_a_residual_and_stand_ins():
 
 
 def test_fx_refuses_a_layer_alone():
-    with pytest.raises(
-        RuntimeError, match=r"SparseLinear: expected torch.fx to trace a model"
-    ):
+    with pytest.raises(RuntimeError, match=r"SparseLinear: expected torch.fx to trace a model"):
         torch.fx.symbolic_trace(sk.SparseLinear(8, 8))
 
 
