@@ -162,3 +162,10 @@ def test_tangents_outside_of_torch_func():
         y = layer(torch.autograd.forward_ad.make_dual(x, x.cos()))
         tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
     torch.testing.assert_close(tangent, jvp(layer.to_dense(), (x,), (x.cos(),))[1])
+
+
+def test_compiled_transforms():
+    layer, x = layer_and_input("linear", "csr", "gelu")
+    for run in (TRANSFORMS["per sample"], TRANSFORMS["jvp"], TRANSFORMS["vmap"]):
+        compiled = torch.compile(lambda x, run=run: run(layer, x), backend="aot_eager")
+        torch.testing.assert_close(compiled(x), run(layer, x))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import sparsekern as sk
 from sparsekern.norm import ContiguousBatchNorm2d
@@ -189,3 +190,20 @@ def test_ops_without_derivatives_say_so():
     slopes = batch_norm_grad(grad, x, *sums, norm.weight, norm.bias, 1e-5)
     with pytest.raises(RuntimeError, match=r"batch_norm_grad: expected results .* batch_norm is"):
         slopes[0].sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_checkpoints(kind):
+    """What is dropped is computed, and recorded, again: in the middle of a backward of ours."""
+    layer, x = layer_and_input(kind, "csr", "gelu")
+    model = torch.nn.Sequential(torch.nn.Tanh(), layer, torch.nn.Tanh(), torch.nn.Tanh())
+    dense = torch.nn.Sequential(model[0], layer.to_dense(), *model[2:])
+
+    def saved(x):
+        return checkpoint(model, x, use_reentrant=False)
+
+    first, second = x.clone().requires_grad_(), x.clone().requires_grad_()
+    saved(first).square().sum().backward()
+    dense(second).square().sum().backward()
+    torch.testing.assert_close(first.grad, second.grad)
+    torch.testing.assert_close(penalty_gradients(saved, x), penalty_gradients(dense, x))
