@@ -32,7 +32,7 @@ def test_forward_mode_and_batches(name, sample):
     if inputs[0].numel():
         assert torch.autograd.gradcheck(
             function, inputs, fast_mode=True, check_forward_ad=True, check_batched_grad=True,
-            check_batched_forward_grad=True, check_undefined_grad=False,
+            check_batched_forward_grad=True,
         )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ TRANSFORMS = {
     "grad of grad": lambda f, x: grad(
         lambda z: grad(lambda z: f(z).square().sum())(z).square().sum()
     )(x),
+    "third": lambda f, x: grad(lambda z: hessian(lambda z: f(z).sin().sum())(z).square().sum())(x),
     "vmap": lambda f, x: vmap(f)(x),
     "vmap inside": lambda f, x: vmap(f, in_dims=1, out_dims=1)(x.transpose(0, 1)),
     "vmap of vmap": lambda f, x: vmap(vmap(f))(x.unsqueeze(1)),
