@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import sparsekern as sk
 from sparsekern.norm import ContiguousBatchNorm2d
 from sparsekern.ops.nm_ste import nm_ste_linear
+from sparsekern.patterns import parse
 from sparsekern.pool import ChannelsLastMaxPool2d
+from sparsekern.prune.products import multiply_pruned
 
 
 def small_model():
@@ -86,6 +88,12 @@ def test_fx_traces_a_residual_and_stand_ins():
 
     block, x = Block().eval(), torch.randn(2, 4, 6, 6)
     assert torch.equal(torch.fx.symbolic_trace(block)(x), block(x))
+
+
+def test_fx_traces_layers_that_train_pruned():
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.randn(3, 8)
+    multiply_pruned(model[0], parse("2:4"))
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))
 
 
 def test_fx_refuses_a_layer_alone():
