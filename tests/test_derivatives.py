@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from ops_common import OPS, small, with_grads
+from ops_common import OPS, Calls, small, with_grads
+from samples import SAMPLES
 
 
 def differentiable(name, sample):
@@ -31,5 +32,19 @@ def test_forward_mode_and_batches(name, sample):
     if inputs[0].numel():
         assert torch.autograd.gradcheck(
             function, inputs, fast_mode=True, check_forward_ad=True, check_batched_grad=True,
-            check_batched_forward_grad=True, check_undefined_grad=False,
+            check_batched_forward_grad=True,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck_of_gradients_that_differentiate(name):
+    sample = SAMPLES[name][1]
+    arguments = with_grads(sample.build(torch.float32), sample.grads)
+    y = OPS[name](*arguments)
+    with Calls() as calls:
+        y.sum().backward()
+    names = [gradient for gradient, _ in calls.seen]
+    assert names == [f"{name}_grad_input", f"{name}_grad_values"]
+    for gradient, inputs in calls.seen:
+        op = getattr(torch.ops.sparsekern, gradient).default
+        torch.library.opcheck(op, tuple(with_grads(inputs, (0, 1))))

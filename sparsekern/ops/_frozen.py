@@ -49,8 +49,8 @@ def _setup_context(indices: int):
 
 
 def _backward(forward, grad_input, indices: int):
-    def gradients(ctx, grad):
-        x, *weight, bias, plan, output = ctx.saved_tensors
+    def gradients(ctx, saved, grad):
+        x, *weight, bias, plan, output = saved
 
         def pre_activation():
             return forward(x, *weight, bias, plan, *ctx.sizes, "none")

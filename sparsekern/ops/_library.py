@@ -105,8 +105,6 @@ def activate(y: torch.Tensor, activation: str, op: str) -> torch.Tensor:
 
 def activation_backward(grad, activation: str, output, pre_activation):
     """Gradient before the activation; `pre_activation` is called only where it is needed."""
-    if activation in FROM_OUTPUT and torch.is_grad_enabled():
-        output = output.detach()  # a step: its own derivative is 0, so that nobody asks for it
     if activation == "relu":
         return torch.ops.aten.threshold_backward(grad, output, 0)
     if activation == "relu6":

@@ -29,8 +29,9 @@ def register(
     Args:
         op: The op; its results are one tensor or several.
         setup_context: `(ctx, inputs, output)`; inputs are all arguments, defaults filled in.
-        backward: `(ctx, *grads)` to a tuple, one gradient or None per argument. What it calls must
-            be differentiable itself, for derivatives of higher order.
+        backward: `(ctx, saved, *grads)` to a tuple, one gradient or None per argument; `saved` is
+            what `setup_context` saved for it. What it calls must be differentiable itself, for
+            derivatives of higher order.
         jvp: `(inputs, tangents)` to the tangent of the result; both one per argument, tangents None
             where there is none. Without it, forward mode is an error that names the op.
 
@@ -91,7 +92,7 @@ def refuse(op, instead: str) -> None:
         instead: What to use instead, ends the message.
     """
 
-    def backward(ctx, *grads):
+    def backward(ctx, saved, *grads):
         raise RuntimeError(
             f"{_name(op)}: expected results that are not differentiated, got a gradient for them; "
             f"{instead}"
@@ -104,7 +105,7 @@ def in_transform() -> bool:
     """Whether a transform of torch.func or forward mode is at work; never while compiling."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or _in_forward_ad()
+    return _has_tangents()
 
 
 def _name(op) -> str:
@@ -112,7 +113,12 @@ def _name(op) -> str:
 
 
 def _in_forward_ad() -> bool:
-    return forward_ad._current_level >= 0 and torch._C._is_fwd_grad_enabled()
+    return _has_tangents() and torch._C._is_fwd_grad_enabled()
+
+
+def _has_tangents() -> bool:
+    """Whether tensors may have tangents; a compiler leaves the level in Python as it was."""
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def _function(op, setup_context, backward, jvp):
@@ -122,7 +128,7 @@ def _function(op, setup_context, backward, jvp):
         *args, keyset = args
         result = _lower(op, keyset, args)
         setup_context(ctx, args, result)
-        if forward_ad._current_level >= 0:
+        if _has_tangents():
             ctx.constants = [None if isinstance(a, Tensor) else a for a in args]
             ctx.save_for_forward(*(a if isinstance(a, Tensor) else None for a in args))
         return result
@@ -144,10 +150,11 @@ def _function(op, setup_context, backward, jvp):
 
 
 def _run_backward(ctx, backward: Callable, grads):
+    saved = ctx.saved_tensors  # what checkpoints compute again here has to be recorded
     if torch.is_grad_enabled() or _in_forward_ad():
-        return tuple(backward(ctx, *grads))
+        return tuple(backward(ctx, saved, *grads))
     with torch._C._AutoDispatchBelowAutograd():  # nothing is recorded: the shortest way
-        return tuple(backward(ctx, *grads))
+        return tuple(backward(ctx, saved, *grads))
 
 
 def _apply_of(op, forward: Callable, backward: Callable, **more: Callable) -> Callable:

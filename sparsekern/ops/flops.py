@@ -54,12 +54,22 @@ class _Watch:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-
-        def exec_module(module):
-            execute(module)
-            for op in _waiting:
-                _tell_counter(op)
-
-        spec.loader.exec_module = exec_module
+        if spec is not None:
+            spec.loader = _Loader(spec.loader)
         return spec
+
+
+class _Loader:
+    """The loader of the counter, which tells it our formulas in the end."""
+
+    def __init__(self, loader):
+        self._loader = loader
+
+    def __getattr__(self, name: str):
+        return getattr(self._loader, name)
+
+    def exec_module(self, module) -> None:
+        """Run the module."""
+        self._loader.exec_module(module)
+        for op in _waiting:
+            _tell_counter(op)

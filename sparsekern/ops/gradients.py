@@ -105,8 +105,8 @@ def _product_context(f: Format):
 def _product_backward(f: Format):
     bias_at, count = 2 + f.indices, len(f.product._schema.arguments)
 
-    def backward(ctx, grad):
-        x, values, *index, bias, plan, plan_t, output, residual = ctx.saved_tensors
+    def backward(ctx, saved, grad):
+        x, values, *index, bias, plan, plan_t, output, residual = saved
         added = (residual,) if f.residual else ()
 
         def pre_activation():
@@ -141,8 +141,8 @@ def _grad_input_rule(f: Format):
         saved = grad if needs_values else None, values if needs_grad else None
         ctx.save_for_backward(*saved, *index, inputs[plan_at])
 
-    def backward(ctx, change):
-        grad, values, *index, plan_t = ctx.saved_tensors
+    def backward(ctx, saved, change):
+        grad, values, *index, plan_t = saved
         grads = [None] * (sizes_at + len(ctx.sizes))
         if ctx.needs_input_grad[0]:
             plans = (None, None, plan_t)  # no bias
@@ -166,8 +166,8 @@ def _grad_values_rule(f: Format):
         saved = grad if needs_x else None, x if needs_grad else None
         ctx.save_for_backward(*saved, *index, inputs[plan_at])
 
-    def backward(ctx, change):
-        grad, x, *index, schedule = ctx.saved_tensors
+    def backward(ctx, saved, change):
+        grad, x, *index, schedule = saved
         plan = schedule if f.values_plan == "plan" else None
         plan_t = schedule if f.values_plan == "plan_t" else None
         grads = [None] * (sizes_at + len(ctx.sizes))

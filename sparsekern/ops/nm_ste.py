@@ -95,8 +95,8 @@ def _linear_context(ctx, inputs, output):
     ctx.save_for_backward(x if needs[1] else None, weight if needs[0] else None)
 
 
-def _linear_backward(ctx, grad):
-    x, weight = ctx.saved_tensors
+def _linear_backward(ctx, saved, grad):
+    x, weight = saved
     needs = ctx.needs_input_grad
     grad_x = grad_weight = grad_bias = None
     flat = grad.reshape(-1, grad.shape[-1])
@@ -115,9 +115,9 @@ def _grad_input_context(ctx, inputs, output):
     ctx.save_for_backward(grad if needs[1] else None, weight if needs[0] else None)
 
 
-def _grad_input_backward(ctx, change):
+def _grad_input_backward(ctx, saved, change):
     """As that of W + (P(W) - W) with a constant in brackets, which straight-through stands for."""
-    grad, weight = ctx.saved_tensors
+    grad, weight = saved
     grad_grad = grad_weight = None
     if ctx.needs_input_grad[0]:
         grad_grad = nm_ste_linear(change, weight, None, *ctx.pattern)

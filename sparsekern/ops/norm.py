@@ -82,8 +82,8 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(x, mean, var, weight, bias)
 
 
-def _backward(ctx, grad, *_):
-    x, *sums, weight, bias = ctx.saved_tensors
+def _backward(ctx, saved, grad, *_):
+    x, *sums, weight, bias = saved
     if torch.is_grad_enabled():  # for derivatives of higher order: all of it by ops of torch
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
         grads = _grad_reference(grad, x, mean, var, weight, bias, ctx.eps, ctx.activation)

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from ..graph_leaf import GraphLeaf, Proxy
 from ..ops.nm_ste import nm_prune, nm_ste_linear
 from ..patterns import NM
 from ..patterns_nm import TransposableNM
 
 
-class PrunedLinear(nn.Linear):
+class PrunedLinear(GraphLeaf, nn.Linear):
     """nn.Linear that prunes its weight to N:M by magnitude at every call and multiplies by that.
 
     A layer becomes one while `SRSTE(products=True)` trains it and is an nn.Linear again afterwards:
@@ -22,6 +23,8 @@ class PrunedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Y = x P(W)^T + b; under autocast in its dtype, as nn.Linear."""
+        if isinstance(x, Proxy):
+            return self.traced(x)
         weight, bias = self.weight, self.bias
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
