@@ -20,12 +20,26 @@ def mask_beside(module: nn.Module) -> Tensor | None:
 
     A mask no longer fits once weights outside of it are not 0.
     """
-    mask, weight = module._buffers.get(MASK), module._parameters.get("weight")
+    mask, weight = vars(module).get(MASK), module._parameters.get("weight")
     if mask is None or weight is None or mask.dtype != torch.bool or mask.shape != weight.shape:
         return None
-    if mask.device != weight.device or bool((weight.detach()[~mask] != 0).any()):
-        return None
-    return mask
+    mask = mask.to(weight.device)
+    return None if bool((weight.detach()[~mask] != 0).any()) else mask
+
+
+def put_beside(module: nn.Module, mask: Tensor) -> None:
+    """Leave a mask beside a weight whose kept values are 0 by accident, for a conversion to find.
+
+    A weight that was grown, or whose inputs are always 0, may be kept and be 0 still. Where the
+    zeros tell the mask, there is none.
+
+    Args:
+        module: The layer.
+        mask: Boolean, in the layout of its weight, True = kept.
+    """
+    vars(module).pop(MASK, None)
+    if not torch.equal(mask, module.weight != 0):
+        vars(module)[MASK] = mask
 
 
 @dataclass
@@ -44,33 +58,49 @@ class Slot:
     held: Tensor | None = None
     seen: Tensor | None = None
 
+    def check(self, mask: Tensor) -> None:
+        """Refuse a mask that is not boolean or not of the parameter's shape."""
+        wanted = self.layer.module.weight.shape
+        if mask.dtype != torch.bool or mask.shape != wanted:
+            raise ValueError(
+                f"Pruner.set_masks: expected a boolean mask of shape {tuple(wanted)} for layer "
+                f"{self.layer.name!r}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+
     @property
     def is_taken(self) -> bool:
         """Say whether another Pruner is at work on the layer."""
         return self.layer.module in _taken
 
     def attach(self) -> None:
-        """Put a mask of ones beside the weight, in its layout."""
+        """Put a mask of ones beside the weight, in its layout.
+
+        A plain attribute: buffers are averaged by an average of the model (`AveragedModel`), and
+        must be as many as when that was made.
+        """
         _taken.add(self.layer.module)
         mask = torch.ones_like(self.layer.module.weight, dtype=torch.bool)
-        self.layer.module.register_buffer(MASK, mask, persistent=False)
+        vars(self.layer.module)[MASK] = mask
 
     def detach(self) -> None:
-        """Forget what is kept aside, and take the mask away unless the zeros do not tell it.
-
-        A weight that was grown, or whose inputs are always 0, may be kept and be 0 still. Its mask
-        stays, so that a conversion finds the pattern.
-        """
-        module = self.layer.module
-        if torch.equal(getattr(module, MASK), module.weight != 0):
-            delattr(module, MASK)
+        """Forget what is kept aside, and take the mask away unless the zeros do not tell it."""
+        put_beside(self.layer.module, self.parameter_mask)
         _taken.discard(self.layer.module)
         self.held = self.seen = None
 
     @property
+    def parameter_mask(self) -> Tensor:
+        """The mask in the layout of the parameter, on its device."""
+        module = self.layer.module
+        mask = vars(module)[MASK]
+        if mask.device != module.weight.device:
+            mask = vars(module)[MASK] = mask.to(module.weight.device)
+        return mask
+
+    @property
     def mask(self) -> Tensor:
-        """The mask, `(out, in, *kernel)`, sharing memory with the buffer."""
-        return self.layer.oriented(getattr(self.layer.module, MASK))
+        """The mask, `(out, in, *kernel)`, sharing memory with the one beside the weight."""
+        return self.layer.oriented(self.parameter_mask)
 
     def put_back(self) -> None:
         """Give dropped weights the values that are kept aside."""
@@ -86,10 +116,17 @@ class Slot:
     def clear_state(self, optimizer, cells: Tensor) -> None:
         """Set the optimizer's state (momentum and the like) to zero at some weights."""
         cells = self.layer.oriented(cells)
-        for parameter in self.parameters:
-            for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    value.masked_fill_(cells.to(value.device), 0)
+        for value in self.state_in(optimizer):
+            value.masked_fill_(cells.to(value.device), 0)
+
+    def state_in(self, optimizer) -> list[Tensor]:
+        """The tensors in the optimizer's state that hold a number for each weight."""
+        return [
+            value
+            for parameter in self.parameters
+            for value in optimizer.state.get(parameter, {}).values()
+            if isinstance(value, Tensor) and value.shape == parameter.shape
+        ]
 
     def state_dict(self) -> dict:
         """Give the state as tensors, the mask packed to bits and held values only where dropped."""
