@@ -3,9 +3,9 @@
 import warnings
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..patterns import Pattern, Unstructured
+from ..patterns import Pattern
 from .methods.base import Method
 from .schedules import Schedule
 from .slots import Slot
@@ -43,11 +43,32 @@ def alive_in(slot: Slot, method: Method, pruned: bool) -> Tensor | None:
     return nonzero if bool(nonzero.any()) and not bool(nonzero.all()) else None
 
 
-def warn_of_start(layers: Sequence[Layer], method: Method, schedule: Schedule) -> None:
+def _pruned_layers(model: nn.Module, layers: Sequence[Layer]) -> dict[str, tuple[int, int]]:
+    """Zeros and weights of the layers that were pruned, by name.
+
+    Not of those that start at 0 everywhere, and without the padding rows of tied embeddings.
+    """
+    padded = [m for m in model.modules() if isinstance(m, nn.Embedding)]
+    padded = [m for m in padded if m.padding_idx is not None]
+    pruned = {}
+    for layer in layers:
+        memory, total = layer.weight.data_ptr(), layer.weight.numel()
+        zeros = fresh = zeros_in(layer)
+        for embedding in padded:
+            if embedding.weight.data_ptr() == memory:
+                row = embedding.weight[embedding.padding_idx]
+                fresh -= row.numel() - int(row.count_nonzero())
+        if PRUNED * total < fresh and zeros < total:
+            pruned[layer.name] = zeros, total
+    return pruned
+
+
+def warn_of_start(
+    model: nn.Module, layers: Sequence[Layer], method: Method, schedule: Schedule
+) -> None:
     """Say what the start of a schedule undoes of the zeros that are there, and how to avoid it."""
-    counts = {la.name: (zeros_in(la), la.weight.numel()) for la in layers}
-    pruned = {n: (z, all_) for n, (z, all_) in counts.items() if PRUNED * all_ < z < all_}
-    if method.keeps or not pruned:
+    pruned = {} if method.keeps else _pruned_layers(model, layers)
+    if not pruned:
         return
     present = share_of_zeros(layers)
     start = schedule.sparsity(0) if schedule.is_update(0) else 0.0
@@ -109,7 +130,7 @@ def check_keep(
             f"({present:.4g}), got {sparsity!r}"
         )
     for layer in layers:
-        if not isinstance(pattern, Unstructured) and not pattern.verify(layer.weight):
+        if zeros_in(layer) and not pattern.verify(layer.weight):
             raise ValueError(
                 f"Pruner: expected zeros in pattern {pattern} in layer {layer.name!r}, which "
                 "method 'keep' was given, got others; leave the pattern out to keep any"

@@ -122,7 +122,7 @@ class Pruner:
         self.schedule = schedule or self._default_schedule()
         self._slots = [Slot(la, parameters_of(self.model, la)) for la in self._job.layers]
         self._check_free()
-        warn_of_start(self._job.layers, self._job.method, self.schedule)
+        warn_of_start(self.model, self._job.layers, self._job.method, self.schedule)
         self._finished = self._pruned = False
         self._undo: Undo | None = None
         self._guard = Guard(

@@ -20,8 +20,10 @@ def mask_beside(module: nn.Module) -> Tensor | None:
 
     A mask no longer fits once weights outside of it are not 0.
     """
-    mask, weight = vars(module).get(MASK), module._parameters.get("weight")
-    if mask is None or weight is None or mask.dtype != torch.bool or mask.shape != weight.shape:
+    mask, weight = getattr(module, MASK, None), module._parameters.get("weight")
+    if not isinstance(mask, Tensor) or weight is None:
+        return None
+    if mask.dtype != torch.bool or mask.shape != weight.shape:
         return None
     mask = mask.to(weight.device)
     return None if bool((weight.detach()[~mask] != 0).any()) else mask
