@@ -4,6 +4,9 @@ No tensor subclass and no sparse-layout tensor, so that optimizers, deepcopy, pi
 and torch.compile work unaided. `values` is an ordinary parameter. All else is plain tensors that
 move and are saved like buffers but are none: an average of a model (`AveragedModel` and the like)
 takes the mean of every buffer, and means of indices, schedules or int8 values are nonsense.
+An average must be of one pattern: after loading another one into the model, begin a new average.
+DistributedDataParallel sends parameters alone, so that all ranks must be made with one pattern:
+after the same `torch.manual_seed`, by the same conversion, or from one file.
 """
 
 from collections.abc import Iterator
@@ -141,6 +144,8 @@ class SparseWeight(nn.Module):
         self.plan = self._plan(False)
         if training:
             self.plan_t = self._plan(True)
+        elif self.plan_t.device != self.plan.device:  # loaded into a weight on meta
+            self.plan_t = self.plan.new_empty(0)
 
     def _plan(self, transpose: bool) -> Tensor:
         raise NotImplementedError

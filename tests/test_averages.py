@@ -152,29 +152,33 @@ def test_a_model_that_was_converted_for_training():
     assert bool(torch.isfinite(average.eval()(X)).all())
 
 
-def test_parts_of_a_sparse_weight_that_are_no_buffers_move_save_and_load_as_such():
-    layer = sk.SparseLinear(32, 16, sparsity=0.5, pattern="2:4")
-    int8 = copy.deepcopy(layer).eval()
-    sk.quantize(int8)
-    for each in (layer, int8):
-        assert [name for name, _ in each.named_buffers()] == []
-        moved = copy.deepcopy(each).to("meta")
-        assert all(getattr(moved.weight, name).is_meta for name in each.weight.parts)
-        state = each.state_dict()
-        assert list(state)[-len(each.weight.parts) :] == [
-            f"weight.{part}" for part in each.weight.parts
-        ]
-        moved.load_state_dict(state, assign=True)
-        other = copy.deepcopy(each)
-        file = io.BytesIO()
-        torch.save(state, file)
-        file.seek(0)
-        other.load_state_dict(torch.load(file, weights_only=True))
-        x = torch.randn(3, 32)
-        assert torch.equal(other(x), each(x)) and torch.equal(moved(x), each(x))
-        assert extra_buffer_bytes(each) == each.weight.plan.nbytes + each.weight.plan_t.nbytes
-        parts = [getattr(each.weight, name) for name in each.weight.parts]
-        assert weight_bytes(each) == sum(t.nbytes for t in (*parts, each.bias))
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block:8x8"])
+def test_parts_that_are_no_buffers_move_save_and_load_as_such(pattern, int8):
+    options = {"pattern": pattern, "sparsity": 0.5}
+    layer, x = sk.SparseLinear(32, 16, **options).eval(), torch.randn(3, 32)
+    if int8:
+        sk.quantize(layer)
+    weight = layer.weight
+    parts = {name: getattr(weight, name) for name in weight.parts}
+    assert [name for name, _ in layer.named_buffers()] == []
+    state = layer.state_dict()
+    assert list(state) == ["bias", *(f"weight.{part}" for part in parts)]
+    moved, other = copy.deepcopy(layer).to("meta"), copy.deepcopy(layer)
+    assert all(getattr(moved.weight, name).is_meta for name in (*parts, "plan", "plan_t"))
+    moved.load_state_dict(state, assign=True)
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(x), layer(x)) and torch.equal(moved(x), layer(x))
+    if not int8:
+        with torch.device("meta"):
+            fresh = sk.SparseLinear(32, 16, **options)
+        fresh.load_state_dict(state, assign=True)
+        assert torch.equal(fresh(x), layer(x))
+    assert extra_buffer_bytes(layer) == weight.plan.nbytes + weight.plan_t.nbytes
+    assert weight_bytes(layer) == sum(t.nbytes for t in (*parts.values(), layer.bias))
 
 
 def test_apply_masks_refuses_other_models_and_changes_nothing():

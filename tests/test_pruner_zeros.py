@@ -109,11 +109,15 @@ def test_two_four_prefers_to_drop_what_is_zero():
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block:4x4"])
 @pytest.mark.parametrize("method", ["magnitude", "snip", "random"])
-def test_a_pruner_revives_nothing(method, pattern):
+@pytest.mark.parametrize(
+    "schedule", [schedules.Constant(0.5, 2, 10), schedules.Cubic(0.1, 0.5, 0, 10)]
+)
+@pytest.mark.filterwarnings("ignore:Pruner. the schedule starts at step 0 with sparsity 0.1")
+def test_a_pruner_revives_nothing(schedule, method, pattern):
     model = mlp()
     sk.prune(model, "random", sparsity=0.3, scope="uniform")
     before, optimizer = [w == 0 for w in weights(model)], sgd(model)
-    pruner = make_pruner(method, model, optimizer, pattern, schedule=schedules.Constant(0.5, 2, 10))
+    pruner = make_pruner(method, model, optimizer, pattern, schedule=schedule)
     for _ in range(12):
         train(model, optimizer, pruner, 1)
         assert all((w[z] == 0).all() for w, z in zip(weights(model), before))

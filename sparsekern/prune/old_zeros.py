@@ -86,7 +86,7 @@ def warn_of_start(
     elif lower:
         what = (
             f"schedule starts at step 0 with sparsity {start:.4g}, but the model is at "
-            f"{present:.4g}: its zeros stay, and nothing is pruned until the schedule gets there"
+            f"{present:.4g}: its zeros stay, and more go only once the schedule is above that"
         )
     else:
         return
