@@ -152,6 +152,26 @@ def test_a_model_that_was_converted_for_training():
     assert bool(torch.isfinite(average.eval()(X)).all())
 
 
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_an_average_that_is_older_than_the_masks_converts_by_its_zeros(pattern):
+    model = mlp()
+    optimizer = sgd(model)
+    final = 0.5 if pattern == "2:4" else 0.9
+    pruner = Pruner(model, optimizer, pattern=pattern, schedule=schedules.OneShot(final, at=2))
+    average = AveragedModel(model)  # a copy, with masks that drop nothing yet
+    train(model, optimizer, pruner, 3)
+    for _ in range(3):
+        train(model, optimizer, pruner, 1)
+        average.update_parameters(model)
+    average.eval()
+    wanted = average(X)
+    sparse = sk.convert_to_sparse(average.module)
+    row = sk.report(sparse).layers[0]
+    assert row.pattern == pattern and row.sparsity >= final - 0.1
+    assert sk.report(sparse).n_sparse == (0 if pattern == "2:4" else 3)  # 2:4 is dense untimed
+    torch.testing.assert_close(sparse(X), wanted)
+
+
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block:8x8"])
 def test_parts_that_are_no_buffers_move_save_and_load_as_such(pattern, int8):

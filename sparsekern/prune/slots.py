@@ -11,6 +11,7 @@ from .methods.base import zero_out
 from .targets import Layer
 
 MASK = "weight_mask"
+SETTLED = "weight_mask_settled"  # beside a mask that no Pruner changes any more
 # Modules under a Pruner. Their mask does not tell: a deepcopy has it, too.
 _taken: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
@@ -18,15 +19,21 @@ _taken: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 def mask_beside(module: nn.Module) -> Tensor | None:
     """Mask that a Pruner put beside a weight, in its layout; None if there is none that fits.
 
-    A mask no longer fits once weights outside of it are not 0.
+    A mask no longer fits once weights outside of it are not 0. A copy of a model under a Pruner (an
+    average) may have one from before the pruning: if it drops nothing, or keeps more zeros than
+    weights, it tells nothing.
     """
     mask, weight = getattr(module, MASK, None), module._parameters.get("weight")
     if not isinstance(mask, Tensor) or weight is None:
         return None
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         return None
-    mask = mask.to(weight.device)
-    return None if bool((weight.detach()[~mask] != 0).any()) else mask
+    mask, nonzero = mask.to(weight.device), weight.detach() != 0
+    kept, used = int(mask.count_nonzero()), int(nonzero.count_nonzero())
+    settled = module in _taken or vars(module).get(SETTLED)
+    if not settled and (kept == mask.numel() or kept > 2 * used):
+        return None
+    return None if bool((nonzero & ~mask).any()) else mask
 
 
 def put_beside(module: nn.Module, mask: Tensor) -> None:
@@ -40,8 +47,9 @@ def put_beside(module: nn.Module, mask: Tensor) -> None:
         mask: Boolean, in the layout of its weight, True = kept.
     """
     vars(module).pop(MASK, None)
+    vars(module).pop(SETTLED, None)
     if not torch.equal(mask, module.weight != 0):
-        vars(module)[MASK] = mask
+        vars(module).update({MASK: mask, SETTLED: True})
 
 
 @dataclass
@@ -83,6 +91,7 @@ class Slot:
         _taken.add(self.layer.module)
         mask = torch.ones_like(self.layer.module.weight, dtype=torch.bool)
         vars(self.layer.module)[MASK] = mask
+        vars(self.layer.module).pop(SETTLED, None)
 
     def detach(self) -> None:
         """Forget what is kept aside, and take the mask away unless the zeros do not tell it."""
