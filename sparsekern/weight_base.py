@@ -170,7 +170,7 @@ class SparseWeight(nn.Module):
         """Let the parts be buffers while torch loads them: copied, or taken over with `assign`."""
         names = self._fixed()
         for name in names:
-            self._buffers[name] = self.__dict__.pop(name)
+            self._buffers[name] = self.__dict__[name]
         try:
             yield
         finally:

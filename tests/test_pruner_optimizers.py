@@ -9,6 +9,7 @@ import torch.distributed as dist
 from pruner_common import X, Y, backward, make_pruner, mlp, one_thread, sgd, train, weights  # noqa: F401
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 import sparsekern as sk
 from sparsekern.prune import Pruner, schedules
@@ -344,6 +345,8 @@ def test_slimming_scales_in_another_optimizer_stay_zero():
     convs = torch.optim.SGD([*model[0].parameters(), *model[3].parameters()], 0.1)
     norms = torch.optim.SGD(model[1].parameters(), 0.1, weight_decay=0.1)
     options = {"pattern": "filter", "sparsity": 0.5, "scope": "uniform", "ignore": ["3"]}
+    average = AveragedModel(model)
+    average.update_parameters(model)
     pruner = Pruner(model, [convs, norms], "slimming", **options)
     for _ in range(3):
         convs.zero_grad(), norms.zero_grad()
@@ -352,3 +355,6 @@ def test_slimming_scales_in_another_optimizer_stay_zero():
         pruner.step()
         dropped = ~pruner.masks["0"].flatten(1).any(1)
         assert dropped.sum() == 4 and (model[1].weight[dropped] == 0).all()
+    pruner.apply_masks(average)
+    assert (average.module[1].weight[dropped] == 0).all()
+    assert (average.module[1].weight[~dropped] != 0).all()

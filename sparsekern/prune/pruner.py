@@ -216,7 +216,7 @@ class Pruner:
             TypeError: No module.
             ValueError: A layer that is not there, or of another shape; nothing changes.
         """
-        mask_average(model, self.layers)
+        mask_average(model, self.layers, self._job.method)
 
     def state_dict(self) -> dict:
         """Give everything needed to resume: plain numbers, strings and tensors, masks as bits."""
