@@ -1,13 +1,22 @@
 """What every sparse weight is: a module with plain dense tensors, whatever its format.
 
 No tensor subclass and no sparse-layout tensor, so that optimizers, deepcopy, pickle, `.to()`, DDP
-and torch.compile work unaided. `values` is an ordinary parameter; the indices are buffers.
+and torch.compile work unaided. `values` is an ordinary parameter. All else is plain tensors that
+move and are saved like buffers but are none: an average of a model (`AveragedModel` and the like)
+takes the mean of every buffer, and means of indices, schedules or int8 values are nonsense.
+An average must be of one pattern: after loading another one into the model, begin a new average.
+DistributedDataParallel sends parameters alone, so that all ranks must be made with one pattern:
+after the same `torch.manual_seed`, by the same conversion, or from one file.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 INT32_MAX = 2**31 - 1
+PLANS = "plan", "plan_t"
 
 
 class SparseWeight(nn.Module):
@@ -16,7 +25,7 @@ class SparseWeight(nn.Module):
     Attributes:
         format: Name of the format.
         parts: Names of the tensors that make up the state, `values` first.
-        values: The stored weights: a parameter, or a buffer of integers, which nothing trains.
+        values: The stored weights: a parameter, or a tensor of integers, which nothing trains.
         shape: Shape of the dense weight, `(out, in)` or `(out, in / groups, kh, kw)`.
         pattern: The pattern the nonzeros follow, as `sparsekern.patterns.parse` takes it.
         groups: Groups of the convolution, 1 for a linear layer.
@@ -38,12 +47,12 @@ class SparseWeight(nn.Module):
         if values.is_floating_point():
             self.values = values if isinstance(values, nn.Parameter) else nn.Parameter(values)
         else:
-            self.register_buffer("values", values)
+            self.values = values
         for name, index in indices.items():
-            self.register_buffer(name, index)
-        for name in ("plan", "plan_t"):
+            setattr(self, name, index)
+        for name in PLANS:
             empty = torch.empty(0, dtype=torch.int32, device=values.device)
-            self.register_buffer(name, _counted(empty), persistent=False)
+            setattr(self, name, _counted(empty))
         if plans:
             self._make_plans(training=False)
 
@@ -84,8 +93,8 @@ class SparseWeight(nn.Module):
         return 1 - self.nnz / total if total else 0.0
 
     def indices(self) -> tuple[Tensor, ...]:
-        """The buffers that say where the values belong."""
-        return tuple(self._buffers[name] for name in self.parts[1:])
+        """The tensors that say where the values belong."""
+        return tuple(getattr(self, name) for name in self.parts[1:])
 
     def refilled(self, values: Tensor) -> "SparseWeight":
         """A weight on the CPU with other values at the same positions, without schedules.
@@ -139,6 +148,8 @@ class SparseWeight(nn.Module):
             self.plan = self._plan(False)
             if training:
                 self.plan_t = self._plan(True)
+            elif self.plan_t.device != self.plan.device:  # loaded into a weight on meta
+                self.plan_t = self.plan.new_empty(0)
 
     def __setstate__(self, state):
         """What deepcopy and pickle end with: the kernels read a copy of a plan at every call."""
@@ -146,7 +157,8 @@ class SparseWeight(nn.Module):
         self._renew_plans()
 
     def _renew_plans(self) -> None:
-        if self.plan.device.type == "cpu" and self.plan.numel() > 0:
+        real = type(self.plan) is Tensor and self.plan.device.type == "cpu"
+        if real and self.plan.numel() > 0:
             self._make_plans(training=self.plan_t.numel() > 0)
 
     def _plan(self, transpose: bool) -> Tensor:
@@ -156,15 +168,40 @@ class SparseWeight(nn.Module):
         """What else than the indices decides how the plans look."""
         return (self.indices()[0].device,)
 
+    def _fixed(self) -> list[str]:
+        """Names of the parts that no optimizer changes: all that are saved but not parameters."""
+        return [name for name in self.parts if name not in self._parameters]
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """As every module, and the parts that are no parameters."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._fixed():
+            part = getattr(self, name)
+            destination[prefix + name] = part if keep_vars else part.detach()
+
+    @contextmanager
+    def _as_buffers(self) -> Iterator[None]:
+        """Let the parts be buffers while torch loads them: copied, or taken over with `assign`."""
+        names = self._fixed()
+        for name in names:
+            self._buffers[name] = self.__dict__[name]
+        try:
+            yield
+        finally:
+            for name in names:
+                self.__dict__[name] = self._buffers.pop(name)
+
     def _apply(self, fn, recurse=True):
         """As every module. The plans of one device mean nothing to another and are made again."""
         before, training = self._plan_depends(), self.plan_t.numel() > 0
-        memory = self.plan.data_ptr()
+        memory = _memory(self.plan)
         super()._apply(fn, recurse)
+        for name in (*self._fixed(), *PLANS):
+            setattr(self, name, fn(getattr(self, name)))
         # What comes from the meta device has no contents yet; loading them makes the plans.
         if before != self._plan_depends() and before[0].type != "meta" and self.plan.numel() > 0:
             self._make_plans(training)
-        elif self.plan.data_ptr() != memory:  # share_memory()
+        elif _memory(self.plan) != memory:  # share_memory()
             self._renew_plans()
         return self
 
@@ -181,9 +218,16 @@ class SparseWeight(nn.Module):
                 error_msgs.append(f"{prefix.rstrip('.')}: {error}")
                 return
             self._resize(parts)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        with self._as_buffers():
+            super()._load_from_state_dict(
+                state_dict,
+                prefix,
+                local_metadata,
+                strict,
+                missing_keys,
+                unexpected_keys,
+                error_msgs,
+            )
         if complete:
             self._make_plans(training=self.plan_t.numel() > 0)
 
@@ -196,6 +240,11 @@ class SparseWeight(nn.Module):
             if isinstance(old, nn.Parameter):
                 fresh = nn.Parameter(fresh, requires_grad=old.requires_grad)
             setattr(self, name, fresh)
+
+
+def _memory(t: Tensor) -> int:
+    """Where the data lies; nowhere that of fake tensors."""
+    return t.data_ptr() if type(t) is Tensor else 0
 
 
 def _counted(part: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ class CSRWeight(SparseWeight):
 
     Attributes:
         values: Parameter `(nnz,)`, row by row, columns rising.
-        crow: Buffer `(out + 1,)` int32, where each row starts in `values`.
-        col: Buffer `(nnz,)` int32, column of each value. A convolution weight
+        crow: Tensor `(out + 1,)` int32, where each row starts in `values`.
+        col: Tensor `(nnz,)` int32, column of each value. A convolution weight
             `(out, in / groups, kh, kw)` counts over its last three dimensions flattened.
     """
 
@@ -72,7 +72,7 @@ class CSRWeight(SparseWeight):
 
     def linear(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """act(x W^T + b) for x `(..., in)`; bias `(out,)`."""
-        b = self._buffers
+        b = self.__dict__
         return call_csr_linear(
             x, self._parameters["values"], b["crow"], b["col"], bias, b["plan"], b["plan_t"],
             activation,
@@ -85,7 +85,7 @@ class CSRWeight(SparseWeight):
 
     def _arguments(self, bias):
         # Straight from the dicts: an attribute of a module costs 0.4 us, a small layer 5 us.
-        b = self._buffers
+        b = self.__dict__
         return self._parameters["values"], b["crow"], b["col"], bias, b["plan"], b["plan_t"]
 
     def _check(self, parts) -> None:
@@ -117,8 +117,8 @@ class BlockWeight(SparseWeight):
 
     Attributes:
         values: Parameter `(n_blocks, R, C)`, by rows of blocks, columns rising.
-        block_crow: Buffer `(rows of blocks + 1,)` int32, where each row of blocks starts.
-        block_col: Buffer `(n_blocks,)` int32, column of each block. In a convolution it counts
+        block_crow: Tensor `(rows of blocks + 1,)` int32, where each row of blocks starts.
+        block_col: Tensor `(n_blocks,)` int32, column of each block. In a convolution it counts
             (block of input channels, kernel position), as `sparsekern.patterns` numbers its units.
     """
 
@@ -170,7 +170,7 @@ class BlockWeight(SparseWeight):
 
     def linear(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """act(x W^T + b) for x `(..., in)`; bias `(out,)`."""
-        b = self._buffers
+        b = self.__dict__
         return call_block_linear(
             x, self._parameters["values"], b["block_crow"], b["block_col"], bias, b["plan"],
             b["plan_t"], self.shape[0], activation,
@@ -185,7 +185,7 @@ class BlockWeight(SparseWeight):
         return add_residual("block_conv2d", y, residual, activation)
 
     def _arguments(self, bias):
-        b = self._buffers
+        b = self.__dict__
         index = (b["block_crow"], b["block_col"])
         return self._parameters["values"], *index, bias, b["plan"], b["plan_t"], self.shape[0]
 
@@ -206,7 +206,7 @@ class NMWeight(SparseWeight):
 
     Attributes:
         values: Parameter `(out, slots)`; slots count (group of M inputs, kernel position, N).
-        index: Buffer `(out, bytes)` uint8: where in its group each value lies, slot by slot, 2 bits
+        index: Tensor `(out, bytes)` uint8: where in its group each value lies, slot by slot, 2 bits
             each if M <= 4, else 4, lowest bits first, every row from a byte of its own.
         n, m: Kept weights per group, and its size (at most 16).
     """
@@ -262,7 +262,7 @@ class NMWeight(SparseWeight):
 
     def linear(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """act(x W^T + b) for x `(..., in)`; bias `(out,)`."""
-        b = self._buffers
+        b = self.__dict__
         return call_nm_linear(
             x, self._parameters["values"], b["index"], bias, b["plan"], b["plan_t"], self.n, self.m,
             activation,
@@ -282,7 +282,7 @@ class NMWeight(SparseWeight):
         super().take(other)
 
     def _arguments(self, bias):
-        b = self._buffers
+        b = self.__dict__
         return (
             self._parameters["values"], b["index"], bias, b["plan"], b["plan_t"], self.n, self.m,
         )  # fmt: skip

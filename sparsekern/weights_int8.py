@@ -61,8 +61,8 @@ class _Int8Weight(SparseWeight):
         return torch.float32
 
     def indices(self) -> tuple[Tensor, ...]:
-        """The buffers that say where the values belong: not the scales."""
-        return tuple(self._buffers[name] for name in self.parts[2:])
+        """The tensors that say where the values belong: not the scales."""
+        return tuple(getattr(self, name) for name in self.parts[2:])
 
     def refilled(self, values: Tensor):
         """As for every weight; the values are quantized."""
@@ -104,8 +104,8 @@ class Int8CSRWeight(_Int8Weight, CSRWeight):
     """The surviving weights of a linear layer as int8, with one float32 scale per output.
 
     Attributes:
-        values: Buffer `(nnz,)` int8, row by row, columns rising.
-        scales: Buffer `(out,)` float32, positive; stays float32 when the layer changes its dtype.
+        values: Tensor `(nnz,)` int8, row by row, columns rising.
+        scales: Tensor `(out,)` float32, positive; stays float32 when the layer changes its dtype.
         crow, col, shape, pattern, plan: As in `CSRWeight`.
     """
 
@@ -134,7 +134,7 @@ class Int8CSRWeight(_Int8Weight, CSRWeight):
     def linear(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """act(x W^T + b) for x `(..., in)` float32 or bfloat16; bias `(out,)`."""
         self._refuse_training()
-        b = self._buffers
+        b = self.__dict__
         index = (b["values"], b["scales"], b["crow"], b["col"])
         return call_csr_linear_int8(x, *index, bias, b["plan"], activation)
 
@@ -146,8 +146,8 @@ class Int8BlockWeight(_Int8Weight, BlockWeight):
     """The kept blocks of a linear layer as int8, with one float32 scale per output.
 
     Attributes:
-        values: Buffer `(n_blocks, R, C)` int8, by rows of blocks, columns rising.
-        scales: Buffer `(out,)` float32, positive; stays float32 when the layer changes its dtype.
+        values: Tensor `(n_blocks, R, C)` int8, by rows of blocks, columns rising.
+        scales: Tensor `(out,)` float32, positive; stays float32 when the layer changes its dtype.
         block_crow, block_col, shape, pattern, plan: As in `BlockWeight`.
     """
 
@@ -177,7 +177,7 @@ class Int8BlockWeight(_Int8Weight, BlockWeight):
     def linear(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """act(x W^T + b) for x `(..., in)` float32 or bfloat16; bias `(out,)`."""
         self._refuse_training()
-        b = self._buffers
+        b = self.__dict__
         index = (b["values"], b["scales"], b["block_crow"], b["block_col"])
         return self._linear(x, *index, bias, b["plan"], self.shape[0], activation)
 
@@ -213,8 +213,8 @@ class Int8NMWeight(_Int8Weight, NMWeight):
     """N of every M weights of a linear layer as int8, with one float32 scale per output.
 
     Attributes:
-        values: Buffer `(out, slots)` int8, slot by slot as in `NMWeight`.
-        scales: Buffer `(out,)` float32, positive; stays float32 when the layer changes its dtype.
+        values: Tensor `(out, slots)` int8, slot by slot as in `NMWeight`.
+        scales: Tensor `(out,)` float32, positive; stays float32 when the layer changes its dtype.
         index, n, m, shape, pattern, plan: As in `NMWeight`.
     """
 
@@ -249,7 +249,7 @@ class Int8NMWeight(_Int8Weight, NMWeight):
     def linear(self, x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         """act(x W^T + b) for x `(..., in)` in floating point; bias `(out,)`."""
         self._refuse_training()
-        b = self._buffers
+        b = self.__dict__
         weight = (b["values"], b["scales"], b["index"])
         sizes = (self.n, self.m, self.dynamic)
         return call_nm_linear_int8(x, *weight, bias, b["plan"], *sizes, activation)
@@ -263,7 +263,7 @@ class Float8NMWeight(Int8NMWeight):
     """N of every M weights of a linear layer as float8 e4m3, with one float32 scale per output.
 
     Attributes:
-        values: Buffer `(out, slots)` uint8 that holds the bits, so that a change of the dtype of
+        values: Tensor `(out, slots)` uint8 that holds the bits, so that a change of the dtype of
             the layer leaves them alone.
         scales, index, n, m, shape, pattern, plan: As in `Int8NMWeight`.
     """

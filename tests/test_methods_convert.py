@@ -20,6 +20,9 @@ CASES = [
 ]
 
 
+TRAINED = [name for name, m in METHODS.items() if not m.one_shot and not m.keeps]
+
+
 @pytest.mark.parametrize(("method", "pattern"), CASES)
 def test_every_method_converts_to_the_same_outputs(method, pattern):
     model, options = mlp(nn.ReLU), {"loss_fn": F.cross_entropy}
@@ -40,7 +43,7 @@ def test_every_method_converts_to_the_same_outputs(method, pattern):
 
 @pytest.mark.parametrize("mode", ["inference", "training"])
 @pytest.mark.parametrize("pattern", ["unstructured", "block:4x4", "1:4"])
-@pytest.mark.parametrize("method", [name for name, m in METHODS.items() if not m.one_shot])
+@pytest.mark.parametrize("method", TRAINED)
 def test_methods_of_training_convert_to_the_same_outputs(method, pattern, mode):
     model, final = mlp(nn.ReLU), 0.75 if ":4" in pattern and "x" not in pattern else 0.85
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)

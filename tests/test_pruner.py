@@ -285,6 +285,7 @@ def test_tied_weights_and_transposed_layers():
 def test_frozen_layers_and_layers_without_gradient_are_masked_too():
     model = mlp()
     model[3].weight.requires_grad_(False)
+    model[5].weight.requires_grad_(False)
     optimizer = torch.optim.SGD(model[0].parameters(), 0.1)
     pruner = Pruner(model, optimizer, sparsity=0.5, scope="uniform")
     train(model, optimizer, pruner, 2)

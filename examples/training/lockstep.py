@@ -182,14 +182,9 @@ def sparse_side(model: nn.Module, options, pattern: str, sparsity: float, batch)
 
 def _keep_zeros(side: Side) -> sk.Pruner | None:
     """Masks for layers that were pruned and stayed dense because that is faster."""
-    shares = {
-        name: 1 - int(module.weight.count_nonzero()) / module.weight.numel()
-        for name, module in side.model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    }
-    shares = {name: share for name, share in shares.items() if share}
-    # The zeros are the smallest weights: magnitude pruning to their share finds just them.
-    return sk.Pruner(side.model, side.optimizer, "magnitude", scope=shares) if shares else None
+    dense = [m for m in side.model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    pruned = any(bool((module.weight == 0).any()) for module in dense)
+    return sk.Pruner(side.model, side.optimizer, "keep") if pruned else None
 
 
 @torch.inference_mode()

@@ -22,8 +22,13 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def extra_buffer_bytes(model: nn.Module) -> int:
-    """Bytes of non-persistent buffers (such as kernel schedules): in memory, not in the file."""
-    everything = [*model.parameters(), *model.buffers()]
+    """Bytes of tensors that are no part of the state (such as kernel schedules).
+
+    Non-persistent buffers, and tensors that modules hold as plain attributes: in memory, not in the
+    file.
+    """
+    plain = [t for m in model.modules() for t in vars(m).values() if isinstance(t, torch.Tensor)]
+    everything = [*model.parameters(), *model.buffers(), *plain]
     return _storage_bytes([*_stored_tensors(model), *everything]) - weight_bytes(model)
 
 

@@ -1,20 +1,25 @@
 """Keeping dropped weights at zero through the steps of an optimizer, whatever they remember."""
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .bits import drop_
 from .methods.base import Method, zero_out
-from .slots import MASK, Slot
+from .optimizers import chain, held_by
+from .slots import Slot
 
 
 class Guard:
     """The hooks of a Pruner.
 
     Attributes:
+        optimizers: The torch optimizers that are guarded, wrappers and what they wrap alike.
         stepped: The optimizer made a step that was not counted yet.
         method: Says what it wants to see, and whether dropped weights are trained.
         now: Gives the method as it is at the present step, for `observe`.
@@ -34,24 +39,65 @@ class Guard:
         self.method, self.now, self.slots = method, now, slots
         self.watches, self.is_over = watches, is_over
         self.stepped = self._paused = False
+        self.optimizers: list[Optimizer] = []
+        self._outermost: Optimizer | None = None  # of those in the middle of a step
+        self._hooked: set[int] = set()
 
     @property
     def trains_dropped(self) -> bool:
         """Say whether values of dropped weights go on changing."""
         return self.method.trains_dropped and not self.is_over()
 
-    def attach(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Put masks beside the weights and hooks on gradients and optimizer."""
-        self.model = model
-        self.handles = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._after_step),
-        ]
+    def attach(self, model: nn.Module, given: Sequence) -> None:
+        """Put masks beside the weights and hooks on gradients and optimizers."""
+        self.model, self.given, self.handles = model, given, []
+        self._hook_optimizers()
+        self._watch_others()
         for slot in self.slots:
             slot.attach()
             for parameter in slot.parameters:
                 if parameter.requires_grad:
                     self.handles.append(parameter.register_hook(self._gradient_hook(slot)))
+
+    def _hook_optimizers(self) -> None:
+        for optimizer in (real for each in self.given for real in chain(each)):
+            # Lightning's wrapper shares the hooks of what it wraps; they shall not run twice.
+            if id(optimizer._optimizer_step_pre_hooks) not in self._hooked:
+                self._hooked.add(id(optimizer._optimizer_step_pre_hooks))
+                self.optimizers.append(optimizer)
+                self.handles += [
+                    optimizer.register_step_pre_hook(self._before_step),
+                    optimizer.register_step_post_hook(self._after_step),
+                ]
+
+    def _watch_others(self) -> None:
+        """See the steps of all optimizers of the process, for one that was not given."""
+        me = weakref.ref(self)
+
+        def before_any_step(optimizer, args, kwargs):
+            guard = me()
+            if guard is not None:
+                guard._refuse_unknown(optimizer)
+
+        handle = register_optimizer_step_pre_hook(before_any_step)
+        self.handles.append(handle)
+        weakref.finalize(self, handle.remove)
+
+    def _refuse_unknown(self, optimizer: Optimizer) -> None:
+        if id(optimizer._optimizer_step_pre_hooks) in self._hooked:
+            return
+        held = held_by(optimizer, self.slots)
+        if not held:
+            return
+        self._hook_optimizers()  # a wrapper may have made what it wraps anew
+        if id(optimizer._optimizer_step_pre_hooks) not in self._hooked:
+            names = [slot.layer.name for slot in held]
+            raise RuntimeError(
+                f"Pruner: expected steps of the optimizers it was given, got one of another "
+                f"{type(optimizer).__name__} that holds the weights of {names} and would revive "
+                "what is dropped; finalize() the pruner if pruning is over, or make a new one "
+                "with that optimizer and load the old one's state_dict()"
+            )
 
     def detach(self) -> None:
         """Take masks and hooks away."""
@@ -74,28 +120,35 @@ class Guard:
         def hook(gradient):
             if self._paused or self.watches() or self.trains_dropped:
                 return None
-            return drop_(gradient.clone(), getattr(slot.layer.module, MASK))
+            return drop_(gradient.clone(), slot.parameter_mask)
 
         return hook
 
     @torch.no_grad()
     def _before_step(self, optimizer, args, kwargs) -> None:
-        if _is_skipped(optimizer):
+        if _is_skipped(optimizer) or self._is_inside(optimizer):
             return
+        self._outermost = optimizer
         scale = _scale_of_gradients(optimizer)
-        for slot in self.slots:
+        for slot in held_by(optimizer, self.slots):
             gradients = [p.grad for p in slot.parameters if p.grad is not None]
             if gradients and self.watches():
                 gradient = sum(gradients[1:], gradients[0])
                 self._observe(slot, gradient if scale == 1 else gradient / scale)
             if not self.trains_dropped:
                 for gradient in gradients:
-                    drop_(gradient, getattr(slot.layer.module, MASK))
+                    drop_(gradient, slot.parameter_mask)
             elif slot.held is not None:
                 slot.put_back()
                 pull = slot.layer.oriented(slot.held)
                 for gradient in gradients:
                     gradient.add_(pull.to(gradient), alpha=self.method.decay * scale)
+
+    def _is_inside(self, optimizer: Optimizer) -> bool:
+        """Say whether a wrapper in the middle of its step makes this step."""
+        outermost = self._outermost
+        inner = [] if outermost is None else chain(outermost)[1:]
+        return any(optimizer is each for each in inner)
 
     def _observe(self, slot: Slot, gradient: Tensor) -> None:
         slot.put_back()
@@ -104,14 +157,15 @@ class Guard:
 
     @torch.no_grad()
     def _after_step(self, optimizer, args, kwargs) -> None:
-        if _is_skipped(optimizer):
+        if _is_skipped(optimizer) or self._is_inside(optimizer):
             return
-        self.stepped = True
-        for slot in self.slots:
+        self._outermost, self.stepped = None, True
+        for slot in held_by(optimizer, self.slots):
             if self.trains_dropped:
                 slot.put_aside()
             else:
                 zero_out(slot.layer, slot.mask)
+        for slot in self.slots:  # a BatchNorm may be in another optimizer than its layer
             self.method.settle(self.model, slot.layer, slot.mask)
 
 

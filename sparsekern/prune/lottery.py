@@ -16,9 +16,9 @@ class LotteryTicket:
 
     Frankle & Carbin 2019, arXiv:1803.03635; rewinding to a step k > 0: arXiv:1903.01611,
     arXiv:1912.05671. What is remembered: parameters and buffers (BatchNorm statistics), the
-    optimizer's state, the learning-rate schedule, and the random state that decides the data order.
-    A warm-up, without which deep networks hold no tickets (1803.03635, section 4), is part of the
-    schedule and begins anew.
+    optimizers' states, the learning-rate schedule, and the random state that decides the data
+    order. A warm-up, without which deep networks hold no tickets (1803.03635, section 4), is part
+    of the schedule and begins anew.
 
     ```python
     schedule = sk.schedules.Iterative(0.9, rounds=5, every=1000)
@@ -38,7 +38,7 @@ class LotteryTicket:
         """Copy the present state.
 
         Args:
-            pruner: Holds model and optimizer.
+            pruner: Holds model and optimizers.
             scheduler: A `torch.optim.lr_scheduler`, if there is one.
             generator: The DataLoader's, if it has its own; torch's global one counts in any case.
 
@@ -50,7 +50,7 @@ class LotteryTicket:
             raise TypeError(f"LotteryTicket: expected a Pruner, got {got}")
         self.pruner, self.scheduler, self.generator = pruner, scheduler, generator
         self._weights = copy.deepcopy(pruner.model.state_dict())
-        self._optimizer = copy.deepcopy(pruner.optimizer.state_dict())
+        self._optimizers = [copy.deepcopy(each.state_dict()) for each in pruner.optimizers]
         self._scheduler = None if scheduler is None else copy.deepcopy(scheduler.state_dict())
         self._is_dense = all(bool(mask.all()) for mask in pruner.masks.values())
         self._random = torch.get_rng_state()
@@ -94,13 +94,13 @@ class LotteryTicket:
         self.pruner.set_masks(masks)
 
     def _load(self, weights: bool) -> None:
-        optimizer = self.pruner.optimizer
         if weights:
             self.pruner.model.load_state_dict(self._weights)
-            optimizer.load_state_dict(copy.deepcopy(self._optimizer))
-        else:
-            groups = copy.deepcopy(self._optimizer["param_groups"])
-            optimizer.load_state_dict({**optimizer.state_dict(), "param_groups": groups})
+        for optimizer, saved in zip(self.pruner.optimizers, self._optimizers):
+            state = copy.deepcopy(saved)
+            if not weights:
+                state = {**optimizer.state_dict(), "param_groups": state["param_groups"]}
+            optimizer.load_state_dict(state)
         if self.scheduler is not None:
             self.scheduler.load_state_dict(copy.deepcopy(self._scheduler))
         torch.set_rng_state(self._random)

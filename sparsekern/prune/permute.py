@@ -65,7 +65,7 @@ def permute_channels(
     sources = find_sources("permute_channels", model)
     entries, modules = check_ignore(model, ignore), dict(model.named_modules())
     for name, module in modules.items():
-        if MASK in module._buffers:
+        if hasattr(module, MASK):
             got = f"one on layer {name!r}"
             raise ValueError(f"permute_channels: expected a model without masks, got {got}")
     kept = {}

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 from ..patterns import NM, Pattern
 from . import sync
+from .average import mask_average
 from .guard import Guard
 from .job import DEFAULT_SPARSITY, Job, prepare
 from .methods.base import Method, zero_out
+from .old_zeros import alive_in, check_keep, share_of_zeros, warn_of_start
+from .optimizers import check_all_held, listed
 from .report import PruneReport, make_report
-from .schedules import Schedule
-from .slots import MASK, Slot
+from .resume import FORMAT, Undo, check_state
+from .schedules import Schedule, final_sparsity
+from .slots import Slot
 from .targets import Layer, parameters_of, restored_on_error, unwrapped
-
-FORMAT = 1
-KEYS = ("format", "method", "pattern", "steps", "stepped", "pruned", "generator", "layers")
 
 
 class Pruner:
@@ -35,20 +36,30 @@ class Pruner:
     ```
 
     The weights stay plain parameters under their own names. Masks lie beside them as boolean
-    buffers `weight_mask` (not in the model's state_dict) and change in place. Gradients of dropped
-    weights are set to zero before they reach anyone, and dropped weights after every
-    `optimizer.step()`, so neither momentum nor weight decay revives them; the optimizer's state at
-    dropped and at regrown weights is cleared. Steps that the optimizer skips (GradScaler) do not
-    count. Everything is deterministic, and identical on all ranks of a distributed run: scores and
-    gradients are averaged over them, data may be a shard on each, and every rank must make the
-    Pruner and step it. Every rank must hold whole weights (DDP, not FSDP).
+    tensors `weight_mask` (no buffers, and not in the model's state_dict) and change in place.
+    Gradients of dropped weights are set to zero before they reach anyone, and dropped weights after
+    every `optimizer.step()`, so neither momentum nor weight decay revives them; the optimizer's
+    state at dropped and at regrown weights is cleared. Steps that the optimizer skips (GradScaler,
+    accelerate while it accumulates gradients) do not count. A step of an optimizer that was not
+    given and holds a pruned weight is an error. Everything is deterministic, and identical on all
+    ranks of a distributed run: scores and gradients are averaged over them, data may be a shard on
+    each, and every rank must make the Pruner and step it. Every rank must hold whole weights (DDP,
+    not FSDP).
 
     To resume, build model, optimizer and Pruner as before and load the three state_dicts, in any
     order: training goes on bit by bit as if it had never stopped.
 
+    Zeros that are there when the schedule begins to prune stay, in every method but rigl, set and
+    srste, which take weights back by design. Until then weights train freely: a warning tells what
+    a schedule that starts below the present sparsity undoes. `method="keep"` keeps exactly the
+    zeros that are there.
+
+    An average of the model (`torch.optim.swa_utils.AveragedModel` and the like, made before or
+    after the Pruner) mixes weights of all masks so far; `apply_masks(average)` gives it today's.
+
     Attributes:
         model: The model; the one inside, if it came in a `DistributedDataParallel`.
-        optimizer: Its optimizer.
+        optimizers: Its optimizers, as they were given.
         schedule: The schedule.
         steps: Optimizer steps so far.
     """
@@ -56,7 +67,7 @@ class Pruner:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         method: str = "magnitude",
         sparsity: float | None = None,
         pattern: str | Pattern = "unstructured",
@@ -74,9 +85,10 @@ class Pruner:
 
         Args:
             model: Model on the device it trains on.
-            optimizer: Holds the weights of at least one layer.
-            method: Those of `prune`, and `"rigl"`, `"set"`, `"movement"`, `"soft_movement"` and
-                `"srste"`.
+            optimizer: The optimizer of the model or a list of all of them, bare or in wrappers such
+                as accelerate's. Together they hold the weights of all layers that train.
+            method: Those of `prune`, and `"rigl"`, `"set"`, `"movement"`, `"soft_movement"`,
+                `"srste"` and `"keep"`.
             sparsity: That of the schedule's end; default the schedule's, the pattern's, or 0.9.
             pattern: As for `prune`. N:M under a gradual schedule passes through (N + k):M.
             scope: As for `prune`. The sparsities of a dict grow in step with the schedule.
@@ -89,29 +101,34 @@ class Pruner:
             **method_options: Fields of the method's class.
 
         Raises:
-            ValueError: As for `prune`; sparsity and schedule that disagree; an optimizer that holds
-                none of the weights; a model that has a Pruner already.
+            ValueError: As for `prune`; sparsity and schedule that disagree; layers that train and
+                that no optimizer holds; a model that has a Pruner already; anything that
+                contradicts method "keep".
             TypeError: An argument of the wrong type, or an unknown method option.
         """
-        _check_types(optimizer, schedule)
-        final = _final_sparsity(sparsity, schedule)
-        self.model, self.optimizer, self.steps = unwrapped(model), optimizer, 0
-        self._name = method
+        self.optimizers = listed(optimizer)
+        final = final_sparsity(sparsity, schedule)
+        self.model, self.steps, self._name = unwrapped(model), 0, method
+        if method == "keep":
+            final = None
         common = (pattern, scope, data, loss_fn, targets, ignore, method_options)
         self._job, self._skipped = prepare(
             model, method, final, *common, training=True, distributed=True
         )
         if sparsity is None and isinstance(self._job.scope, Mapping):
             self._job = replace(self._job, sparsity=None)
+        if self._job.method.keeps:
+            check_keep(self._job.layers, self._job.pattern, sparsity, schedule, scope)
         self.schedule = schedule or self._default_schedule()
         self._slots = [Slot(la, parameters_of(self.model, la)) for la in self._job.layers]
         self._check_free()
+        warn_of_start(self.model, self._job.layers, self._job.method, self.schedule)
         self._finished = self._pruned = False
-        self._undo: list[tuple[Tensor, int]] | None = None
+        self._undo: Undo | None = None
         self._guard = Guard(
             self._job.method, self._method_now, self._slots, self._watches, self._is_over
         )
-        self._guard.attach(self.model, optimizer)
+        self._guard.attach(self.model, self.optimizers)
         try:
             self._begin()
         except BaseException:
@@ -160,7 +177,7 @@ class Pruner:
     def masks(self) -> dict[str, Tensor]:
         """The masks by layer name, True = kept, in the layout of the parameters."""
         self._check_alive("masks")
-        return {slot.layer.name: getattr(slot.layer.module, MASK) for slot in self._slots}
+        return {slot.layer.name: slot.parameter_mask for slot in self._slots}
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Replace masks by hand, and forget the values of dropped weights.
@@ -176,12 +193,7 @@ class Pruner:
         for name, mask in masks.items():
             if name not in slots:
                 raise ValueError(f"Pruner.set_masks: expected names of {list(slots)}, got {name!r}")
-            wanted = slots[name].layer.module.weight.shape
-            if mask.dtype != torch.bool or mask.shape != wanted:
-                raise ValueError(
-                    f"Pruner.set_masks: expected a boolean mask of shape {tuple(wanted)} for layer "
-                    f"{name!r}, got {mask.dtype} {tuple(mask.shape)}"
-                )
+            slots[name].check(mask)
         for name, mask in masks.items():
             self._install(slots[name], slots[name].layer.oriented(mask))
         self.forget()
@@ -192,6 +204,19 @@ class Pruner:
             if slot.held is not None:
                 slot.held.zero_()
             zero_out(slot.layer, slot.mask)
+
+    def apply_masks(self, model: nn.Module) -> None:
+        """Give an average of the model today's zeros.
+
+        Args:
+            model: A model with the same layers, as `AveragedModel` makes it, bare or in the wrapper
+                that averages. Its kept weights stay as they are; what is 0 here is set to 0.
+
+        Raises:
+            TypeError: No module.
+            ValueError: A layer that is not there, or of another shape; nothing changes.
+        """
+        mask_average(model, self.layers, self._job.method)
 
     def state_dict(self) -> dict:
         """Give everything needed to resume: plain numbers, strings and tensors, masks as bits."""
@@ -219,9 +244,11 @@ class Pruner:
                 changes.
         """
         self._check_alive("load_state_dict")
-        self._check_state(state)
+        check_state(state, self._name, self._job.pattern, self._slots)
         found = [slot.read(state["layers"][slot.layer.name]) for slot in self._slots]
-        self._undo_begin()
+        if self._undo is not None:
+            self._undo.run()
+        self._undo = None
         for slot, (mask, held, seen) in zip(self._slots, found):
             slot.mask.copy_(mask)
             slot.held, slot.seen = held, seen
@@ -254,17 +281,14 @@ class Pruner:
 
     def _default_schedule(self) -> Schedule:
         job, sparsity = self._job, self._job.sparsity
+        if job.method.keeps:
+            return job.method.schedule(share_of_zeros(job.layers))
         if sparsity is None:
             sparsity = job.pattern.sparsity if isinstance(job.pattern, NM) else DEFAULT_SPARSITY
         return job.method.schedule(sparsity)
 
     def _check_free(self) -> None:
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        if not any(id(p) in held for slot in self._slots for p in slot.parameters):
-            raise ValueError(
-                "Pruner: expected an optimizer that holds weights of the model, got one that holds "
-                "none of them"
-            )
+        check_all_held(self.optimizers, self._slots)
         for slot in self._slots:
             if slot.is_taken:
                 raise ValueError(
@@ -276,32 +300,14 @@ class Pruner:
         if self._finished:
             raise RuntimeError(f"Pruner.{what}: expected a pruner in use, got one finalized")
 
-    def _check_state(self, state: Mapping) -> None:
-        if lost := [key for key in KEYS if key not in state]:
-            raise ValueError(f"Pruner.load_state_dict: expected a state with {lost}, got none")
-        names = [slot.layer.name for slot in self._slots]
-        own = {"format": FORMAT, "method": self._name, "pattern": str(self._job.pattern)}
-        for key, wanted in (*own.items(), ("layers", names)):
-            got = list(state["layers"]) if key == "layers" else state.get(key)
-            if got != wanted:
-                raise ValueError(f"Pruner.load_state_dict: expected {key} {wanted!r}, got {got!r}")
-
     def _begin(self) -> None:
         """Make the update of step 0, and remember how to take it back for `load_state_dict`."""
         if not self.schedule.is_update(0):
             return
-        before = [slot.layer.weight.clone() for slot in self._slots]
+        undo = Undo(self._slots, self._guard.optimizers)
         self._update()
-        versions = [slot.layer.module.weight._version for slot in self._slots]
-        self._undo = list(zip(before, versions))
-
-    def _undo_begin(self) -> None:
-        # If the model was loaded before the pruner was made, its weights went through the first
-        # update; if after, they are new, which their version tells.
-        for slot, (before, version) in zip(self._slots, self._undo or ()):
-            if slot.layer.module.weight._version == version:
-                slot.layer.weight.copy_(before)
-        self._undo = None
+        undo.updated()
+        self._undo = undo
 
     def _is_over(self) -> bool:
         last = self.schedule.last
@@ -341,9 +347,16 @@ class Pruner:
         self._pruned = self._pruned or sparsity > 0
 
     def _choose(self, sparsity: float) -> list[Tensor]:
-        job, pattern = self._job_at(sparsity), self._pattern_at(sparsity)
-        if sparsity == 0 or pattern is None:
+        if sparsity == 0:
             return [torch.ones_like(slot.mask) for slot in self._slots]
+        if self._job.method.keeps:
+            masks = [slot.layer.weight != 0 for slot in self._slots]
+            self._job.task.agree(masks)
+            return masks
+        job, pattern = self._job_at(sparsity), self._pattern_at(sparsity)
+        if pattern is None:
+            whole = [(la, torch.ones_like(la.weight, dtype=torch.bool)) for la in job.layers]
+            return [mask if la.alive is None else la.alive for la, mask in whole]
         return replace(job, pattern=pattern).run()
 
     def _job_at(self, sparsity: float) -> Job:
@@ -355,8 +368,9 @@ class Pruner:
             job = replace(job, scope=scope, sparsity=rest)
         else:
             job = replace(job, sparsity=sparsity)
-        alive = self._pruned and not job.method.returning
-        layers = [replace(s.layer, alive=s.mask.clone() if alive else None) for s in self._slots]
+        layers = [
+            replace(s.layer, alive=alive_in(s, job.method, self._pruned)) for s in self._slots
+        ]
         method = self._method_now()
         seen = tuple(slot.seen for slot in self._slots) if method.watches else None
         if seen is not None:
@@ -378,24 +392,6 @@ class Pruner:
         if not self._guard.trains_dropped:
             # What was trained behind the mask knows its momentum; what was still does not.
             grown = mask & ~slot.mask if not self._job.method.trains_dropped else False
-            slot.clear_state(self.optimizer, ~mask | grown)
+            for optimizer in self._guard.optimizers:
+                slot.clear_state(optimizer, ~mask | grown)
         slot.mask.copy_(mask)
-
-
-def _check_types(optimizer, schedule) -> None:
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        got = type(optimizer).__name__
-        raise TypeError(f"Pruner: expected a torch.optim.Optimizer, got {got}")
-    if schedule is not None and not isinstance(schedule, Schedule):
-        got = type(schedule).__name__
-        raise TypeError(f"Pruner: expected a schedule of sparsekern.schedules, got {got}")
-
-
-def _final_sparsity(sparsity: float | None, schedule: Schedule | None) -> float | None:
-    if schedule is None:
-        return sparsity
-    if sparsity is not None and sparsity != schedule.final:
-        raise ValueError(
-            f"Pruner: expected sparsity {schedule.final!r}, as the schedule ends, got {sparsity!r}"
-        )
-    return schedule.final

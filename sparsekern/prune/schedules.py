@@ -206,3 +206,17 @@ class Iterative(Schedule):
     def is_update(self, step: int) -> bool:
         """True at each pruning."""
         return self.first <= step <= self.last and (step - self.first) % self.every == 0
+
+
+def final_sparsity(sparsity: float | None, schedule: Schedule | None) -> float | None:
+    """Sparsity that a schedule and a wish come to, None for neither; they must agree."""
+    if schedule is None:
+        return sparsity
+    if not isinstance(schedule, Schedule):
+        got = type(schedule).__name__
+        raise TypeError(f"Pruner: expected a schedule of sparsekern.schedules, got {got}")
+    if sparsity is not None and sparsity != schedule.final:
+        raise ValueError(
+            f"Pruner: expected sparsity {schedule.final!r}, as the schedule ends, got {sparsity!r}"
+        )
+    return schedule.final

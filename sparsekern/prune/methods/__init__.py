@@ -6,6 +6,7 @@ from .apoz import APoZ
 from .base import Method
 from .fpgm import FPGM
 from .grasp import GraSP
+from .keep import Keep
 from .lp import Lp
 from .magnitude import Magnitude
 from .movement import Movement
@@ -28,6 +29,7 @@ METHODS: dict[str, type[Method]] = {
     "apoz": APoZ,
     "fpgm": FPGM,
     "grasp": GraSP,
+    "keep": Keep,
     "lp": Lp,
     "magnitude": Magnitude,
     "movement": Movement,

@@ -32,6 +32,8 @@ class Method:
         one_shot: Whether `prune` can run it; the others need training and the `Pruner`.
         returning: Dropped weights keep their values aside and may return at the next update.
         trains_dropped: Values kept aside are trained on, by the gradient at the pruned weights.
+        regrows: Takes weights back that were 0 already when pruning began.
+        keeps: Whether masks are the zeros that are there, and no budget counts.
         watches: When `observe` sees gradients: `""`, before `"updates"`, or at all `"steps"`.
     """
 
@@ -43,12 +45,19 @@ class Method:
     one_shot: ClassVar[bool] = True
     returning: ClassVar[bool] = False
     trains_dropped: ClassVar[bool] = False
+    regrows: ClassVar[bool] = False
+    keeps: ClassVar[bool] = False
     watches: ClassVar[str] = ""
 
     @property
     def rounds(self) -> int:
         """Rounds of scoring and pruning that make up one update, with densities falling evenly."""
         return 1
+
+    @property
+    def starts_anywhere(self) -> bool:
+        """Say whether the first masks disregard the zeros that are there altogether."""
+        return False
 
     def schedule(self, sparsity: float) -> Schedule:
         """Schedule of the published method, used when the caller gives none."""

@@ -25,8 +25,8 @@ class Regrow(Method):
 
     At each update a share of the kept weights with the smallest magnitude is dropped and the budget
     filled up again by `growth`. Grown weights start at 0; a weight that was dropped just now may
-    come back with its value. The share is `fraction / 2 (1 + cos(pi t / end))` for a schedule that
-    ends, `fraction` for one that does not.
+    come back with its value. Zeros that were there before may grow, as all others. The share is
+    `fraction / 2 (1 + cos(pi t / end))` for a schedule that ends, `fraction` for one that does not.
 
     Attributes:
         fraction: Share of the kept weights that moves, in [0, 1].
@@ -44,6 +44,7 @@ class Regrow(Method):
     scope: ClassVar[str] = "erk"
     per_layer: ClassVar[bool] = True
     one_shot: ClassVar[bool] = False
+    regrows: ClassVar[bool] = True
 
     def __post_init__(self):
         """Check the options and make the generator."""
@@ -54,6 +55,11 @@ class Regrow(Method):
             raise ValueError(f"prune: expected start one of {known}; got {self.start!r}")
         # A frozen dataclass has no other way to fill in a derived field.
         object.__setattr__(self, "generator", Random(self.seed, self.generator).generator)
+
+    @property
+    def starts_anywhere(self) -> bool:
+        """True for random first masks."""
+        return self.start == "random"
 
     def schedule(self, sparsity: float) -> Schedule:
         """Constant sparsity with an update every 100 steps."""

@@ -10,7 +10,6 @@ from torch import Tensor
 from ...patterns import NM, Pattern
 from ..schedules import Schedule
 from ..targets import Layer
-from .base import refuse_nan
 from .movement import Movement
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # of Adam
@@ -103,10 +102,11 @@ class SoftMovement(Movement):
         """Choose by the threshold, if there is one, whatever the budget."""
         if self.threshold is None:
             return super().mask(layer, pattern, kept, total, by_row)
-        scores = refuse_nan(layer, self.unit_scores(layer, pattern, total))
+        scores = self.unit_ranks(layer, pattern, total)
         chosen = scores.sigmoid() > self.threshold * self.share
         chosen[scores.argmax()] = True
-        return pattern.expand(chosen, layer.weight.shape)
+        mask = pattern.expand(chosen, layer.weight.shape)
+        return mask if layer.alive is None else mask & layer.alive
 
 
 def _is_number(value) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...patterns import NM, Channel, Filter, Kernel, Pattern, Unstructured, Vector
-from ...ranking import keep
+from ...ranking import keep, weights_in
 from .. import scores
 from ..targets import Layer
 from .base import Method
@@ -27,9 +27,10 @@ class SparseGPT(Method):
 
     Minimises the output error `||(W - W') X||^2` of each layer with Hessian `H = X X^T`, swept in
     column blocks: in each, the weights with the smallest `w_j^2 / [H^-1]_jj` go (H over the columns
-    not yet swept), and the rest of the row is updated. A unit of several columns (which the paper
-    does not have) is scored by the loss of all of them together. Inputs that are never active are
-    pruned first. Memory: one float64 `(fan_in, fan_in)` Hessian per layer of a stage.
+    not yet swept), and the rest of the row is updated. What was 0 before goes first and stays 0. A
+    unit of several columns (which the paper does not have) is scored by the loss of all of them
+    together. Inputs that are never active are pruned first. Memory: one float64 `(fan_in, fan_in)`
+    Hessian per layer of a stage.
 
     Attributes:
         percdamp: Share of the mean diagonal that is added to the diagonal of H, >= 0; raised with a
@@ -75,8 +76,11 @@ class SparseGPT(Method):
         hessian = total[:, order][:, :, order]
         dead = hessian.diagonal(dim1=1, dim2=2) <= 0
         _, factor = _factored(layer, hessian, self.percdamp)
-        columns = weight.reshape(layer.groups, -1, total.shape[-1])[:, :, order]
-        sweep = _Sweep(columns.to(_work_dtype(weight)), factor, dead, _flat(pattern, weight))
+        alive = torch.ones_like(weight, dtype=torch.bool) if layer.alive is None else layer.alive
+        grouped = layer.groups, -1, total.shape[-1]
+        columns, alive = (t.reshape(grouped)[:, :, order] for t in (weight, alive))
+        columns = columns.to(_work_dtype(weight))
+        sweep = _Sweep(columns, alive, factor, dead, _flat(pattern, weight))
         mask = sweep.run(kept, self.blocksize, _runs(weight, pattern))
         back = order.argsort()
         weight.copy_(sweep.columns[:, :, back].reshape(weight.shape))
@@ -86,15 +90,20 @@ class SparseGPT(Method):
 class _Sweep:
     """Algorithm 1 of the paper over `(groups, out / groups, fan_in)`, all groups at once."""
 
-    def __init__(self, columns: Tensor, factor: Tensor, dead: Tensor, pattern: Pattern):
-        self.columns, self.dead, self.pattern = columns, dead, pattern
+    def __init__(
+        self, columns: Tensor, alive: Tensor, factor: Tensor, dead: Tensor, pattern: Pattern
+    ):
+        self.columns, self.alive, self.dead, self.pattern = columns, alive, dead, pattern
         self.factor = factor.to(columns.dtype)
         self.mask = torch.ones_like(columns, dtype=torch.bool)
         self.seen = self.kept = 0
 
     def run(self, kept: float, blocksize: int, runs: list[range]) -> Tensor:
         """Sweep runs of columns in blocks. `kept`: weights to keep in all."""
-        self.density = kept / self.columns.numel()
+        if not isinstance(self.pattern, NM):
+            # Of what was not 0 before, so that old zeros in some columns starve no others.
+            there = sum(self._occupied(run.start, run.stop)[1] for run in runs)
+            self.density = kept / max(1, there)
         width = getattr(self.pattern, "m", None) or getattr(self.pattern, "cols", 1)
         step = -(-blocksize // width) * width
         for run in runs:
@@ -138,20 +147,30 @@ class _Sweep:
             )
         return errors**2
 
+    def _occupied(self, start: int, stop: int) -> tuple[Tensor, int]:
+        """Units with anything alive, boolean `(units,)`, and the number of their weights."""
+        alive = self.alive[:, :, start:stop].flatten(0, 1)
+        units = self.pattern.unit_scores(alive.float()) > 0
+        return units, weights_in(units, self.pattern.unit_sizes(alive.shape))
+
     def _select(self, start: int, stop: int) -> None:
+        alive = self.alive[:, :, start:stop].flatten(0, 1)
         losses = self._losses(start, stop).masked_fill(self.dead[:, None, start:stop], 0)
         losses = losses.flatten(0, 1)
         if isinstance(self.pattern, NM):
-            chosen = self.pattern.mask(losses)
+            chosen = self.pattern.mask(losses.masked_fill(~alive, -torch.inf))
         else:
             # Budgets run on from block to block, so that rounding does not add up.
-            self.seen += losses.numel()
+            occupied, count = self._occupied(start, stop)
+            self.seen += count
             budget = self.density * self.seen - self.kept
             sizes = self.pattern.unit_sizes(losses.shape)
-            units = keep(self.pattern.unit_scores(losses), sizes, budget, at_least=0)
+            ranks = self.pattern.unit_scores(losses.where(alive, 0))
+            ranks = ranks.masked_fill(~occupied, -torch.inf)
+            units = keep(ranks, sizes, budget, at_least=0) & occupied
             chosen = self.pattern.expand(units, losses.shape)
-            self.kept += int(chosen.count_nonzero())
-        self.mask[:, :, start:stop] = chosen.view_as(self.mask[:, :, start:stop])
+            self.kept += weights_in(units, sizes)
+        self.mask[:, :, start:stop] = (chosen & alive).view_as(self.mask[:, :, start:stop])
 
 
 def _work_dtype(weight: Tensor) -> torch.dtype:

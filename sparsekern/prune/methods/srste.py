@@ -18,11 +18,11 @@ from .base import Method, refuse_nan
 class SRSTE(Method):
     """Sparse-refined straight-through estimator (Zhou et al. 2021, arXiv:2102.04010, eq. 9).
 
-    The forward pass sees the masked weights, the gradient by them updates all weights, and
-    `decay * w` is added to the gradient of the dropped ones, before the optimizer makes momentum of
-    it. Masks by magnitude, anew after every step (default schedule). Made for N:M, works with any
-    pattern; with `decay=0` it is the plain straight-through estimator. When the schedule ends,
-    masks are fixed and dropped weights stay 0.
+    The forward pass sees the masked weights, the gradient by them updates all weights, and `decay *
+    w` is added to the gradient of the dropped ones, before the optimizer makes momentum of it.
+    Masks by magnitude, anew after every step (default schedule). Made for N:M, works with any
+    pattern; zeros that were there before are trained, too. With `decay=0` it is the plain
+    straight-through estimator. When the schedule ends, masks are fixed and dropped weights stay 0.
 
     With `products` linear layers multiply by the N:M weight itself: it is pruned (again) and packed
     in every forward pass, so that a GPU computes the product on its 2:4 tensor cores, and with the
@@ -43,6 +43,7 @@ class SRSTE(Method):
     scope: ClassVar[str] = "uniform"
     one_shot: ClassVar[bool] = False
     returning: ClassVar[bool] = True
+    regrows: ClassVar[bool] = True
     trains_dropped: ClassVar[bool] = True
 
     def __post_init__(self):
