@@ -11,7 +11,7 @@ gradients run on) are made by nm_plan; without them the ops make their own on ea
 
 import torch
 
-from ._library import activate, activation_backward, check_values, define, save_for_gradients
+from ._library import activate, activation_backward, define, save_for_gradients
 
 LINEAR = "nm_linear"
 
@@ -87,7 +87,6 @@ def _linear_reference(x, values, index, bias, plan, plan_t, n, m, activation="no
 
 
 def _linear_fake(x, values, index, bias, plan, plan_t, n, m, activation="none"):
-    check_values(LINEAR, x, values)
     return x.new_empty((*x.shape[:-1], index.shape[0]))
 
 
