@@ -1,6 +1,7 @@
 """What every op file needs: the library to define in, and the fallback to the reference."""
 
 import functools
+import re
 
 import torch
 from torch.library import Library
@@ -49,10 +50,31 @@ def define(schema: str, reference, fake):
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.sparsekern, name).default
-    REFERENCES[name] = plain = _checked(op, pad_first(name, reference))
-    _FALLBACK.impl(name, without_views(_stating(name, plain)))
+    stating = _stating(name, _named_errors(name, pad_first(name, reference)))
+    REFERENCES[name] = plain = _checked(op, stating)
+    _FALLBACK.impl(name, without_views(plain))
     torch.library.register_fake(f"sparsekern::{name}", _checked(op, fake), lib=LIBRARY)
     return op
+
+
+def _named_errors(name: str, reference):
+    """A reference whose errors name the op, also those of what it calls."""
+
+    @functools.wraps(reference)
+    def run(*args, **kwargs):
+        try:
+            return reference(*args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            text = str(error)
+            if text.startswith(f"{name}:"):
+                raise
+            ours = re.match(r"[\w:]+: (expected .+)", text, re.DOTALL)
+            words = (
+                ours[1] if ours else f"expected arguments that torch can compute with, got {text}"
+            )
+            raise RuntimeError(f"{name}: {words}") from error
+
+    return run
 
 
 def _checked(op, function):

@@ -7,6 +7,7 @@ import torch
 
 EXPECTED = (RuntimeError, ValueError, TypeError, NotImplementedError)
 _TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float64: 1e-9}
+_MOST = 2**24  # numbers of a result: to compare larger ones takes the memory of the process
 
 
 def message_fault(op: str, error: Exception) -> str:
@@ -45,7 +46,7 @@ def result_fault(op: str, result, reference, values: list, exact: list) -> str:
         want = reference(*exact)
     except EXPECTED as error:
         return f"a result where the reference refuses: {str(error)[:200]}"
-    if op.endswith("_plan"):
+    if op.endswith("_plan") or any(r.numel() > _MOST for r in results):
         return ""
     wants = want if isinstance(want, tuple) else (want,)
     return "" if all(map(_close, results, wants)) else "another result than the reference"

@@ -68,7 +68,7 @@ WAYS = {
     "dtype": lambda t, rng: t.to(rng.choice(DTYPES)),
     "fewer": _sliced,
     "more": _grown,
-    "dimension": lambda t, rng: t[None] if rng.random() < 0.5 or not t.dim() else t[..., 0],
+    "dimension": lambda t, rng: t[None] if rng.random() < 0.5 or t.numel() < 2 else t.select(-1, 0),
     "flat": lambda t, rng: t.reshape(-1),
     "scalar": lambda t, rng: t.new_zeros(()),
     "empty": lambda t, rng: t.new_zeros([0] * rng.randrange(1, 5)),
