@@ -10,7 +10,7 @@ FORMATTED = $(SOURCES) $(wildcard tests/software_gpu/*.c tests/software_gpu/*.cp
 THREADS ?= 1
 CLANG_FORMAT = $(VENV)/bin/clang-format
 
-.PHONY: setup demo test lint format bench models peers gpu gpu-dry sanitize clean
+.PHONY: setup demo test lint format bench models peers gpu gpu-dry sanitize fuzz clean
 
 setup: $(READY)
 
@@ -68,6 +68,10 @@ sanitize: setup
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/sanitized \
 	$(PY) -m pytest tests/test_ops.py -k "float64 or property or threads or contiguous or nan"
+
+# Random bad input, see tests/fuzz; TARGET is calls, files, plans or all.
+fuzz: setup
+	cd tests && $(abspath $(PY)) -m fuzz --target $(or $(TARGET),all) --seed $(or $(SEED),0) --seconds $(or $(SECONDS),60)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sparsekern/*.so

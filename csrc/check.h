@@ -34,12 +34,18 @@ inline std::string dtype_name(ScalarType t) {
   }
 }
 
-inline std::string shape_of(const Tensor& t) {
+inline std::string shape_text(const std::vector<int64_t>& shape) {
   std::ostringstream out;
   out << "(";
-  for (int64_t i = 0; i < t.dim(); ++i) out << (i ? ", " : "") << t.size(i);
-  out << (t.dim() == 1 ? ",)" : ")");
+  for (size_t i = 0; i < shape.size(); ++i) out << (i ? ", " : "") << shape[i];
+  out << (shape.size() == 1 ? ",)" : ")");
   return out.str();
+}
+
+inline std::string shape_of(const Tensor& t) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i < t.dim(); ++i) shape.push_back(t.size(i));
+  return shape_text(shape);
 }
 
 inline void check_dtype(const std::string& op, const char* name, const Tensor& t,

@@ -75,9 +75,16 @@ BlockPattern check_block_pattern(const std::string& op, const Tensor& crow, cons
          std::to_string(s.block_rows) + " x " + std::to_string(s.block_cols));
   if (s.groups < 1 || s.taps < 1)
     fail(op, "groups and taps >= 1", std::to_string(std::min(s.groups, s.taps)));
-  if (s.rows < 0 || s.channels < 0 || s.rows % s.groups)
+  check_int32(op, "rows", s.rows);
+  check_int32(op, "channels", s.channels);
+  check_int32(op, "taps", s.taps);
+  check_int32(op, "weights of a block, at all kernel positions",
+              times(times(s.block_rows, s.block_cols), s.taps));
+  if (s.rows % s.groups || s.groups > std::max<int64_t>(1, s.rows))
     fail(op, "rows divisible by groups = " + std::to_string(s.groups), std::to_string(s.rows));
-  const Pattern p = check_pattern(op, crow, col, col.numel(), s.channels * s.taps);
+  check_int32(op, "out / groups * kernel positions", times(s.rows / s.groups, s.taps));
+  check_int32(op, "in_channels", times(s.channels, s.groups));
+  const Pattern p = check_pattern(op, crow, col, col.numel(), times(s.channels, s.taps));
   const BlockView v{p.crow_data(), p.col_data(), s.rows,       s.channels,  s.taps,
                     s.groups,      p.nnz,        s.block_rows, s.block_cols};
   check_size(op, "crow.size(0) = rows of blocks + 1", p.rows + 1,

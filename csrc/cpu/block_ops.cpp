@@ -220,13 +220,13 @@ Tensor block_plan_cpu(const Tensor& crow, const Tensor& col, int64_t rows, int64
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
-  m.impl("block_linear", TORCH_BOX(&block_linear_cpu));
-  m.impl("block_linear_grad_input", TORCH_BOX(&block_linear_grad_input_cpu));
-  m.impl("block_linear_grad_values", TORCH_BOX(&block_linear_grad_values_cpu));
-  m.impl("block_conv2d", TORCH_BOX(&block_conv2d_cpu));
-  m.impl("block_conv2d_grad_input", TORCH_BOX(&block_conv2d_grad_input_cpu));
-  m.impl("block_conv2d_grad_values", TORCH_BOX(&block_conv2d_grad_values_cpu));
-  m.impl("block_plan", TORCH_BOX(&block_plan_cpu));
+  SPARSEKERN_IMPL(m, "block_linear", block_linear_cpu);
+  SPARSEKERN_IMPL(m, "block_linear_grad_input", block_linear_grad_input_cpu);
+  SPARSEKERN_IMPL(m, "block_linear_grad_values", block_linear_grad_values_cpu);
+  SPARSEKERN_IMPL(m, "block_conv2d", block_conv2d_cpu);
+  SPARSEKERN_IMPL(m, "block_conv2d_grad_input", block_conv2d_grad_input_cpu);
+  SPARSEKERN_IMPL(m, "block_conv2d_grad_values", block_conv2d_grad_values_cpu);
+  SPARSEKERN_IMPL(m, "block_plan", block_plan_cpu);
 }
 
 }  // namespace sparsekern

@@ -131,9 +131,9 @@ Tensor csr_conv2d_grad_values_cpu(const Tensor& grad, const Tensor& x, const Ten
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
-  m.impl("csr_conv2d", TORCH_BOX(&csr_conv2d_cpu));
-  m.impl("csr_conv2d_grad_input", TORCH_BOX(&csr_conv2d_grad_input_cpu));
-  m.impl("csr_conv2d_grad_values", TORCH_BOX(&csr_conv2d_grad_values_cpu));
+  SPARSEKERN_IMPL(m, "csr_conv2d", csr_conv2d_cpu);
+  SPARSEKERN_IMPL(m, "csr_conv2d_grad_input", csr_conv2d_grad_input_cpu);
+  SPARSEKERN_IMPL(m, "csr_conv2d_grad_values", csr_conv2d_grad_values_cpu);
 }
 
 }  // namespace sparsekern

@@ -70,8 +70,8 @@ inline void make_planes(const float* src, int64_t images, int64_t channels, cons
   const bool plain = is_plain(y, x);
   const int64_t taps = static_cast<int64_t>(p->layout.tap_offset.size());
   const PlaneLayout& l = p->layout;
-  const int64_t floats = images * channels * l.plane_size;
-  float* dst = plain ? nullptr : thread_scratch(slot, floats + kSlack);
+  const int64_t floats = plain ? 0 : times(times(images, channels), l.plane_size);
+  float* dst = plain ? nullptr : thread_scratch(slot, plus(floats, kSlack));
   p->source = {plain ? src : dst,   channels, l.plane_size, l.pitch, 0, taps,
                l.tap_offset.data(), y.out,    x.out,        !plain};
   if (plain) {  // rows of the grid follow each other without a gap: one long row
@@ -107,6 +107,21 @@ struct Geometry {
   int64_t groups;
 };
 
+// Positions of a kernel; each costs some bytes of a table.
+constexpr int64_t kMostTaps = int64_t{1} << 24;
+
+// The height (axis 0) or width of the result; nn.Conv2d's formula.
+inline int64_t conv_size(const std::string& op, int64_t n, int axis, const Geometry& g) {
+  const int64_t after = g.padding[g.padding.size() - 2 + axis];
+  const int64_t padded = plus(n, plus(g.padding[axis], after));
+  const int64_t reach = times(g.dilation[axis], g.kernel[axis] - 1);
+  if (padded > INT32_MAX) fail(op, "a padded input below 2^31", std::to_string(padded));
+  if (reach >= padded)
+    fail(op, "an input at least as large as the kernel",
+         "input size " + std::to_string(n) + " with kernel_size " + std::to_string(g.kernel[axis]));
+  return (padded - reach - 1) / g.stride[axis] + 1;
+}
+
 inline Conv make_conv(const std::string& op, const std::vector<int64_t>& input, int64_t rows,
                       const Geometry& g) {
   check_pair(op, "kernel_size", g.kernel, 1);
@@ -114,22 +129,26 @@ inline Conv make_conv(const std::string& op, const std::vector<int64_t>& input, 
   check_integers(op, "padding of two or four", g.padding.size() == 2 || g.padding.size() == 4,
                  g.padding, 0);
   check_pair(op, "dilation", g.dilation, 1);
-  if (g.groups < 1 || input[1] % g.groups || rows % g.groups)
+  for (auto [name, i] :
+       {std::pair{"in_channels", 1}, std::pair{"height", 2}, std::pair{"width", 3}})
+    check_int32(op, name, input[i]);
+  check_int32(op, "out_channels", rows);
+  if (g.kernel[0] > kMostTaps || g.kernel[1] > kMostTaps / g.kernel[0])
+    fail(op, "kernel_size of at most 2^24 positions", shape_text(g.kernel));
+  // Without outputs every number divides them.
+  const bool fits = g.groups >= 1 && g.groups <= std::max<int64_t>(1, rows);
+  if (!fits || input[1] % g.groups || rows % g.groups)
     fail(op,
          "groups that divide in_channels = " + std::to_string(input[1]) +
              " and out_channels = " + std::to_string(rows),
          std::to_string(g.groups));
-  const auto size = [&](int64_t n, int i) {
-    const int64_t after = g.padding[g.padding.size() - 2 + i];
-    const int64_t span = n + g.padding[i] + after - g.dilation[i] * (g.kernel[i] - 1) - 1;
-    if (span < 0)
-      fail(op, "an input at least as large as the kernel",
-           "input size " + std::to_string(n) + " with kernel_size " + std::to_string(g.kernel[i]));
-    return span / g.stride[i] + 1;
-  };
-  return {input[0],          input[1],          input[2],    input[3],    rows,
-          size(input[2], 0), size(input[3], 1), g.kernel[0], g.kernel[1], g.groups,
-          g.stride,          g.padding,         g.dilation};
+  Conv c{input[0],    input[1],    input[2], input[3], rows,      0,         0,
+         g.kernel[0], g.kernel[1], g.groups, g.stride, g.padding, g.dilation};
+  c.out_h = conv_size(op, c.height, 0, g), c.out_w = conv_size(op, c.width, 1, g);
+  // A single position never takes a step; one as large as the caller likes would pad the image.
+  if (c.out_h == 1) c.stride[0] = 1;
+  if (c.out_w == 1) c.stride[1] = 1;
+  return c;
 }
 
 // The convolution of input x, which is checked.

@@ -15,13 +15,25 @@ Activation parse_activation(const std::string& op, const std::string& name) {
   fail(op, "activation to be none, relu, relu6, gelu or gelu_tanh", "'" + name + "'");
 }
 
+// What torch says of a copy that fails names neither the op nor the shape.
+template <class F>
+static Tensor copied(const Tensor& t, F copy) {
+  try {
+    return copy();
+  } catch (const std::exception&) {
+    throw Unnamed("memory for a copy of shape " + shape_of(t), "none");
+  }
+}
+
 Tensor to_dtype(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
+  if (t.scalar_type() == dtype) return t;
+  return copied(t, [&] { return torch::stable::to(t, dtype); });
 }
 
 // A call through the dispatcher costs half a microsecond, asking costs nothing.
-static Tensor packed(const Tensor& t) {
-  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+Tensor packed(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  return copied(t, [&] { return torch::stable::contiguous(t); });
 }
 
 Tensor as_contiguous(const Tensor& t, ScalarType dtype) {
@@ -32,14 +44,16 @@ Tensor as_contiguous(const Tensor& t, ScalarType dtype) {
 Tensor empty_tensor(const std::vector<int64_t>& shape, ScalarType dtype) {
   std::vector<int64_t> stride(shape.size(), 1);
   for (size_t i = shape.size(); i-- > 1;)
-    stride[i - 1] = stride[i] * std::max<int64_t>(1, shape[i]);
+    stride[i - 1] = times(stride[i], std::max<int64_t>(1, shape[i]));
+  if (!shape.empty()) times(times(stride[0], shape[0]), sizeof(double));
   AtenTensorHandle handle;
   // Checked by hand: torch 2.11 and 2.13 have different macros for it.
   const AOTITorchError error = aoti_torch_empty_strided(
       static_cast<int64_t>(shape.size()), shape.data(), stride.data(),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
       aoti_torch_device_type_cpu(), 0, &handle);
-  if (error != AOTI_TORCH_SUCCESS) fail("sparsekern", "memory for a result", "an error of torch");
+  if (error != AOTI_TORCH_SUCCESS)
+    throw Unnamed("memory for a result of shape " + shape_text(shape), "none");
   return Tensor(handle);
 }
 
@@ -54,6 +68,7 @@ void check_operand(const std::string& op, const char* name, const Tensor& t, con
 int64_t csr_rows(const std::string& op, const Tensor& crow) {
   check_dim(op, "crow", crow, 1);
   if (crow.size(0) < 1) fail(op, "crow of shape (rows + 1,)", shape_of(crow));
+  check_int32(op, "crow.size(0) - 1 = rows", crow.size(0) - 1);
   return crow.size(0) - 1;
 }
 
@@ -71,7 +86,11 @@ Pattern check_pattern(const std::string& op, const Tensor& crow, const Tensor& c
   }
   const int64_t rows = csr_rows(op, crow);
   check_size(op, "col.size(0) = values.size(0)", col.size(0), nnz);
-  if (cols > INT32_MAX) fail(op, "at most 2^31 - 1 columns", std::to_string(cols));
+  check_int32(op, "number of columns", cols);
+  check_int32(op, "number of nonzeros", nnz);
+  // Those of the transpose, which the gradients run on.
+  check_int32(op, "out / groups * kernel positions", times(rows / groups, taps));
+  check_int32(op, "in_channels", times(cols / taps, groups));
   return {packed(crow), packed(col), rows, cols, nnz, groups, taps};
 }
 
@@ -215,13 +234,13 @@ float* thread_scratch(ScratchSlot slot, int64_t floats) {
   Scratch& scratch = slots[slot];
   const bool wasteful = scratch.size > kLargeScratch && floats < scratch.size / 4;
   if (floats > scratch.size || wasteful) {
+    times(plus(floats, 1024), sizeof(float));
     std::free(scratch.data);
     scratch.size = (floats / 1024 + 1) * 1024;
     scratch.data = static_cast<float*>(std::aligned_alloc(64, scratch.size * sizeof(float)));
     if (!scratch.data) {
       scratch.size = 0;
-      throw std::runtime_error("sparsekern: out of memory for " + std::to_string(floats * 4) +
-                               " bytes of scratch");
+      throw Unnamed("memory for " + std::to_string(floats * 4) + " bytes of scratch", "none");
     }
   }
   return scratch.data;
@@ -287,7 +306,7 @@ void run_spmm_pairs(const PairView& pairs, const uint16_t* values, const Operand
 GradPanels grad_panels(const Source& grad, int64_t rows, int64_t tokens) {
   const int64_t vectors = kernels().sddmm_vectors, panel = kernels().width * vectors;
   const int64_t n = (tokens + panel - 1) / panel, stride = rows * panel;
-  float* data = thread_scratch(kGradPanels, n * stride);
+  float* data = thread_scratch(kGradPanels, times(n, stride));
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
       kernels().fill_panel(grad, data + p * stride, vectors, p * panel,

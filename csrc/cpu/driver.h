@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../check.h"
+#include "../checked.h"
 #include "isa.h"
 #include "kernels.h"
 #include "pairs.h"
@@ -133,7 +133,10 @@ void check_operand(const std::string& op, const char* name, const Tensor& t, con
 Tensor empty_tensor(const std::vector<int64_t>& shape, ScalarType dtype);
 Tensor to_dtype(const Tensor& t, ScalarType dtype);
 
-// A contiguous float32 (or float64) version of t; t itself when it is one already.
+// A contiguous version of t; t itself when it is one already.
+Tensor packed(const Tensor& t);
+
+// The same in float32 (or another dtype).
 Tensor as_contiguous(const Tensor& t, ScalarType dtype);
 
 // The shape of t with another last size; the product of all sizes but the last.
@@ -146,7 +149,7 @@ inline std::vector<int64_t> with_last(const Tensor& t, int64_t last) {
 
 inline int64_t tokens_of(const Tensor& x) {
   int64_t n = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) n *= x.size(i);
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) n = times(n, x.size(i));
   return n;
 }
 

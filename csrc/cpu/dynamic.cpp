@@ -77,7 +77,7 @@ Tensor block_linear_int8_dynamic_cpu(const Tensor& x, const Tensor& values, cons
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
-  m.impl("block_linear_int8_dynamic", TORCH_BOX(&block_linear_int8_dynamic_cpu));
+  SPARSEKERN_IMPL(m, "block_linear_int8_dynamic", block_linear_int8_dynamic_cpu);
 }
 
 }  // namespace sparsekern

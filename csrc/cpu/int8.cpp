@@ -101,8 +101,8 @@ Tensor block_linear_int8_cpu(const Tensor& x, const Tensor& values, const Tensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
-  m.impl("csr_linear_int8", TORCH_BOX(&csr_linear_int8_cpu));
-  m.impl("block_linear_int8", TORCH_BOX(&block_linear_int8_cpu));
+  SPARSEKERN_IMPL(m, "csr_linear_int8", csr_linear_int8_cpu);
+  SPARSEKERN_IMPL(m, "block_linear_int8", block_linear_int8_cpu);
 }
 
 }  // namespace sparsekern

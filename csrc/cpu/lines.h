@@ -64,8 +64,8 @@ inline LineLayout line_layout(const Axis& y, const Axis& x, int64_t matrix_rows,
   l.strip_rows = strip_rows(l, matrix_rows, images, vectors, threads);
   l.phase_rows = l.strip_rows + halo;
   // An odd number: copies and channels then spread over all sets of the L1 cache.
-  l.copy_lines = y.stride * l.phase_rows * l.pitch | 1;
-  l.channel_lines = static_cast<int64_t>(l.shift.size()) * l.copy_lines;
+  l.copy_lines = times(times(y.stride, l.phase_rows), l.pitch) | 1;
+  l.channel_lines = times(static_cast<int64_t>(l.shift.size()), l.copy_lines);
   if (l.in_place) l.channel_lines = l.out_h;
   for (int64_t oy : y.offset)
     for (size_t copy = 0; copy < l.shift.size(); ++copy)

@@ -71,22 +71,28 @@ NmPattern check_nm_pattern(const std::string& op, const Tensor& index, const NmS
     fail(op, "1 <= n < m <= 16", std::to_string(s.n) + ":" + std::to_string(s.m));
   if (s.groups < 1 || s.taps < 1)
     fail(op, "groups and taps >= 1", std::to_string(std::min(s.groups, s.taps)));
-  if (s.rows % s.groups)
+  check_int32(op, "rows", s.rows);
+  check_int32(op, "channels", s.channels);
+  if (s.rows % s.groups || s.groups > std::max<int64_t>(1, s.rows))
     fail(op, "rows divisible by groups = " + std::to_string(s.groups), std::to_string(s.rows));
   const int64_t tail = s.channels % s.m;
   if (s.channels < 1 || (tail && tail < s.n))
     fail(op, "groups of " + std::to_string(s.m) + " that hold " + std::to_string(s.n) + " each",
          std::to_string(s.channels) + " columns");
-  if (s.m * s.taps > UINT16_MAX)
+  if (s.taps > UINT16_MAX / s.m)
     fail(op, "at most 65535 weights in a group with its kernel positions",
-         std::to_string(s.m * s.taps));
-  const Tensor packed = index.is_contiguous() ? index : torch::stable::contiguous(index);
-  const NmView v{packed.const_data_ptr<uint8_t>(), s.rows, s.channels, s.taps, s.groups, s.n, s.m};
+         std::to_string(s.m) + " at " + std::to_string(s.taps) + " positions");
+  NmView v{nullptr, s.rows, s.channels, s.taps, s.groups, s.n, s.m};
   check_size(op, "index.size(0) = rows", index.size(0), s.rows);
   check_size(op, "index.size(1) = bytes of a row", index.size(1), v.row_bytes());
-  if (std::max(v.rows * v.slots(), v.cols()) > INT32_MAX)
-    fail(op, "fewer than 2^31 values", std::to_string(v.rows * v.slots()));
-  return {packed, v};
+  check_int32(op, "number of values", times(v.rows, v.slots()));
+  check_int32(op, "number of columns", v.cols());
+  // Those of the transpose, which the gradients run on.
+  check_int32(op, "out / groups * kernel positions", times(v.rows / v.groups, v.taps));
+  check_int32(op, "in_channels", times(v.channels, v.groups));
+  const Tensor held = packed(index);
+  v.index = held.const_data_ptr<uint8_t>();
+  return {held, v};
 }
 
 void check_nm_values(const std::string& op, const Tensor& values, const Tensor& like,

@@ -212,13 +212,13 @@ Tensor nm_plan_cpu(const Tensor& index, int64_t rows, int64_t channels, int64_t 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
-  m.impl("nm_linear", TORCH_BOX(&nm_linear_cpu));
-  m.impl("nm_linear_grad_input", TORCH_BOX(&nm_linear_grad_input_cpu));
-  m.impl("nm_linear_grad_values", TORCH_BOX(&nm_linear_grad_values_cpu));
-  m.impl("nm_conv2d", TORCH_BOX(&nm_conv2d_cpu));
-  m.impl("nm_conv2d_grad_input", TORCH_BOX(&nm_conv2d_grad_input_cpu));
-  m.impl("nm_conv2d_grad_values", TORCH_BOX(&nm_conv2d_grad_values_cpu));
-  m.impl("nm_plan", TORCH_BOX(&nm_plan_cpu));
+  SPARSEKERN_IMPL(m, "nm_linear", nm_linear_cpu);
+  SPARSEKERN_IMPL(m, "nm_linear_grad_input", nm_linear_grad_input_cpu);
+  SPARSEKERN_IMPL(m, "nm_linear_grad_values", nm_linear_grad_values_cpu);
+  SPARSEKERN_IMPL(m, "nm_conv2d", nm_conv2d_cpu);
+  SPARSEKERN_IMPL(m, "nm_conv2d_grad_input", nm_conv2d_grad_input_cpu);
+  SPARSEKERN_IMPL(m, "nm_conv2d_grad_values", nm_conv2d_grad_values_cpu);
+  SPARSEKERN_IMPL(m, "nm_plan", nm_plan_cpu);
 }
 
 }  // namespace sparsekern

@@ -33,12 +33,12 @@ Norm check_norm(const std::string& op, const Tensor& x, const Tensor& weight, co
   }
   const Norm n{x.size(0),
                x.size(1),
-               x.size(2) * x.size(3),
+               times(x.size(2), x.size(3)),
                parse_activation(op, activation),
                {x.size(0), x.size(1), x.size(2), x.size(3)}};
   if (n.activation != kNone && n.activation != kRelu && n.activation != kRelu6)
     fail(op, "activation to be none, relu or relu6", "'" + activation + "'");
-  if (n.images * n.pixels < 2)
+  if (times(n.images, n.pixels) < 2)
     fail(op, "more than one value per channel", "x of shape " + shape_of(x));
   return n;
 }
@@ -214,8 +214,8 @@ Three batch_norm_grad_cpu(const Tensor& grad, const Tensor& x, const Tensor& mea
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
-  m.impl("batch_norm", TORCH_BOX(&batch_norm_cpu));
-  m.impl("batch_norm_grad", TORCH_BOX(&batch_norm_grad_cpu));
+  SPARSEKERN_IMPL(m, "batch_norm", batch_norm_cpu);
+  SPARSEKERN_IMPL(m, "batch_norm_grad", batch_norm_grad_cpu);
 }
 
 }  // namespace sparsekern

@@ -131,7 +131,7 @@ Tensor csr_plan_cpu(const Tensor& crow, const Tensor& col, int64_t cols, int64_t
   if (groups < 1 || taps < 1)
     fail(op, "groups and taps >= 1", std::to_string(std::min(groups, taps)));
   const Pattern p = check_pattern(op, crow, col, col.numel(), cols, groups, taps);
-  if (p.rows % groups)
+  if (p.rows % groups || groups > std::max<int64_t>(1, p.rows))
     fail(op, "rows divisible by groups = " + std::to_string(groups), std::to_string(p.rows));
   if (cols % taps)
     fail(op, "cols divisible by taps = " + std::to_string(taps), std::to_string(cols));
@@ -148,10 +148,10 @@ Tensor csr_plan_cpu(const Tensor& crow, const Tensor& col, int64_t cols, int64_t
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparsekern, CPU, m) {
-  m.impl("csr_linear", TORCH_BOX(&csr_linear_cpu));
-  m.impl("csr_linear_grad_input", TORCH_BOX(&csr_linear_grad_input_cpu));
-  m.impl("csr_linear_grad_values", TORCH_BOX(&csr_linear_grad_values_cpu));
-  m.impl("csr_plan", TORCH_BOX(&csr_plan_cpu));
+  SPARSEKERN_IMPL(m, "csr_linear", csr_linear_cpu);
+  SPARSEKERN_IMPL(m, "csr_linear_grad_input", csr_linear_grad_input_cpu);
+  SPARSEKERN_IMPL(m, "csr_linear_grad_values", csr_linear_grad_values_cpu);
+  SPARSEKERN_IMPL(m, "csr_plan", csr_plan_cpu);
 }
 
 }  // namespace sparsekern

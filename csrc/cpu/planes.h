@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../checked.h"
 #include "kernels.h"
 
 namespace sparsekern {
@@ -59,8 +60,8 @@ struct PlaneLayout {
 inline PlaneLayout plane_layout(const Axis& y, const Axis& x) {
   PlaneLayout l;
   l.pitch = x.phase_size();
-  l.phase_plane = y.phase_size() * l.pitch;
-  l.plane_size = y.stride * x.stride * l.phase_plane;
+  l.phase_plane = times(y.phase_size(), l.pitch);
+  l.plane_size = times(times(y.stride, x.stride), l.phase_plane);
   for (int64_t oy : y.offset)
     for (int64_t ox : x.offset)
       l.tap_offset.push_back((oy % y.stride * x.stride + ox % x.stride) * l.phase_plane +

@@ -1,15 +1,20 @@
 """What every op file needs: the library to define in, and the fallback to the reference."""
 
 import functools
+import re
 
 import torch
 from torch.library import Library
 
 from .. import _load as _load  # loads the compiled kernels, which register themselves
+from ._checks import check_arguments
+from ._geometry import need
 from .cuda_support import state_once
 from .uneven import pad_first
 
 LIBRARY = Library("sparsekern", "DEF")
+# By the name of the op: what its kernels have to give, with the same checks.
+REFERENCES = {}
 # Kernels of a device win over this key; it serves every device that has none.
 _FALLBACK = Library("sparsekern", "IMPL", "CompositeExplicitAutograd")
 _CUDA = Library("sparsekern", "IMPL", "CUDA")
@@ -44,21 +49,58 @@ def define(schema: str, reference, fake):
     """Defines an op with its reference implementation and its fake; returns the op."""
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _FALLBACK.impl(name, without_views(_stating(name, pad_first(name, reference))))
-    torch.library.register_fake(f"sparsekern::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.sparsekern, name).default
+    op = getattr(torch.ops.sparsekern, name).default
+    stating = _stating(name, _named_errors(name, pad_first(name, reference)))
+    REFERENCES[name] = plain = _checked(op, stating)
+    _FALLBACK.impl(name, without_views(plain))
+    torch.library.register_fake(f"sparsekern::{name}", _checked(op, fake), lib=LIBRARY)
+    return op
+
+
+def _named_errors(name: str, reference):
+    """A reference whose errors name the op, also those of what it calls."""
+
+    @functools.wraps(reference)
+    def run(*args, **kwargs):
+        try:
+            return reference(*args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            text = str(error)
+            if text.startswith(f"{name}:"):
+                raise
+            ours = re.match(r"[\w:]+: (expected .+)", text, re.DOTALL)
+            words = (
+                ours[1] if ours else f"expected arguments that torch can compute with, got {text}"
+            )
+            raise RuntimeError(f"{name}: {words}") from error
+
+    return run
+
+
+def _checked(op, function):
+    """A reference or a fake that refuses what the kernels refuse.
+
+    The dispatcher takes the fake when any argument is on the meta device, also where the others
+    hold numbers.
+    """
+    name = op._schema.name.removeprefix("sparsekern::")
+    arguments = [argument.name for argument in op._schema.arguments]
+    tensors = [a.name for a in op._schema.arguments if str(a.type) == "Tensor"]
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        given = dict(zip(arguments, args)) | kwargs
+        for tensor in tensors:
+            need(name, given[tensor] is not None, f"{tensor} to be a tensor", None)
+        check_activation(name, given.get("activation", "none"))
+        check_arguments(name, given)
+        return function(*args, **kwargs)
+
+    return run
 
 
 # Activations whose gradient needs no more than their output.
 FROM_OUTPUT = ("relu", "relu6")
-
-
-def check_values(op: str, x, values) -> None:
-    """What the fake of every forward op checks."""
-    torch._check(
-        x.dtype == values.dtype,
-        lambda: f"{op}: expected values of the dtype of x ({x.dtype}), got {values.dtype}",
-    )
 
 
 def row_of_each(crow: torch.Tensor) -> torch.Tensor:

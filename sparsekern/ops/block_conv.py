@@ -35,7 +35,7 @@ def _conv_fake(
     kernel_size, stride, padding, dilation, groups, activation="none",
 ):  # fmt: skip
     geometry = (kernel_size, stride, padding, dilation)
-    return empty_conv(CONV, x, values, out_channels, geometry)
+    return empty_conv(x, out_channels, geometry)
 
 
 block_conv2d = define(

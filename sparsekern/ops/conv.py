@@ -8,10 +8,10 @@ residual of the shape of the result is added before the activation.
 
 import torch
 
+from ._geometry import need, output_size
 from ._library import (
     activate,
     check_indices,
-    check_values,
     csr_to_dense,
     define,
     row_of_each,
@@ -22,29 +22,10 @@ CONV = "csr_conv2d"
 GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups"
 
 
-def output_size(size, kernel_size, stride, padding, dilation):
-    """Height and width after a convolution (nn.Conv2d's formula)."""
-    after = padding[-2:]  # of two integers the same, of four (bottom, right)
-    return tuple(
-        (size[i] + padding[i] + after[i] - dilation[i] * (kernel_size[i] - 1) - 1) // stride[i] + 1
-        for i in (0, 1)
-    )
-
-
-def check_residual(op, y, residual) -> None:
-    """Refuse a residual that is not of the shape of the result."""
-    torch._check(
-        residual.shape == y.shape,
-        lambda: (
-            f"{op}: expected residual of the shape of the result, {tuple(y.shape)}, "
-            f"got {tuple(residual.shape)}"
-        ),
-    )
-
-
 def add_residual(op, y, residual, activation):
     """act(y + residual): what formats do whose kernels do not add it themselves."""
-    check_residual(op, y, residual)
+    wanted = f"residual of the shape of the result, {tuple(y.shape)}"
+    need(op, residual.shape == y.shape, wanted, tuple(residual.shape))
     return activate(y + residual, activation, op)
 
 
@@ -56,10 +37,8 @@ def dense_conv(op, x, weight, bias, geometry, activation, residual=None):
     return activate(y, activation, op).contiguous()
 
 
-def empty_conv(op, x, values, out_channels, geometry):
+def empty_conv(x, out_channels, geometry):
     """The fake of every format: geometry is (kernel_size, stride, padding, dilation)."""
-    check_values(op, x, values)
-    torch._check(x.dim() == 4, lambda: f"{op}: expected x with 4 dimensions, got {x.dim()}")
     return x.new_empty((x.shape[0], out_channels, *output_size(x.shape[2:], *geometry)))
 
 
@@ -82,10 +61,7 @@ def _conv_fake(
     kernel_size, stride, padding, dilation, groups, activation="none", residual=None,
 ):  # fmt: skip
     geometry = (kernel_size, stride, padding, dilation)
-    y = empty_conv(CONV, x, values, crow.shape[0] - 1, geometry)
-    if residual is not None:
-        check_residual(CONV, y, residual)
-    return y
+    return empty_conv(x, crow.shape[0] - 1, geometry)
 
 
 csr_conv2d = define(

@@ -11,7 +11,7 @@ gradients run on) are made by nm_plan; without them the ops make their own on ea
 
 import torch
 
-from ._library import activate, check_values, define
+from ._library import activate, define
 from .gradients import Format, register_format
 
 LINEAR = "nm_linear"
@@ -88,7 +88,6 @@ def _linear_reference(x, values, index, bias, plan, plan_t, n, m, activation="no
 
 
 def _linear_fake(x, values, index, bias, plan, plan_t, n, m, activation="none"):
-    check_values(LINEAR, x, values)
     return x.new_empty((*x.shape[:-1], index.shape[0]))
 
 

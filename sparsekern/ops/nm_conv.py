@@ -34,7 +34,7 @@ def _conv_fake(
     kernel_size, stride, padding, dilation, groups, activation="none",
 ):  # fmt: skip
     geometry = (kernel_size, stride, padding, dilation)
-    return empty_conv(CONV, x, values, index.shape[0], geometry)
+    return empty_conv(x, index.shape[0], geometry)
 
 
 nm_conv2d = define(

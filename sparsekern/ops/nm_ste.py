@@ -14,18 +14,24 @@ import torch
 
 from ..patterns_nm import COMPARED, NM, TransposableNM, largest_members
 from . import batching, derivatives, flops
-from ._library import check_values, define
+from ._geometry import need
+from ._library import define
 
 LINEAR, GRAD_INPUT, PRUNE = "nm_ste_linear", "nm_ste_linear_grad_input", "nm_prune"
 
 
 def check_weight(op: str, weight, n: int, m: int, transposable: bool) -> None:
     """Refuse a weight that cannot be cut into whole groups."""
-    torch._check(weight.dim() == 2, lambda: f"{op}: expected weight (out, in), got {weight.shape}")
+    need(op, weight.dim() == 2, "weight with 2 dimensions", f"shape {tuple(weight.shape)}")
     sides = weight.shape if transposable else weight.shape[1:]
     fits = 1 <= n < m and all(side % m == 0 for side in sides)
-    wanted = f"sizes that are multiples of {m}" if transposable else f"in a multiple of {m}"
-    torch._check(fits, lambda: f"{op}: expected weight with {wanted}, got {tuple(weight.shape)}")
+    which = "sizes" if transposable else "in_features"
+    need(
+        op,
+        fits,
+        f"weight with {which} that are multiples of {m}",
+        f"{tuple(weight.shape)} for {n}:{m}",
+    )
 
 
 def prune_reference(weight, n, m, transposable):
@@ -58,13 +64,12 @@ nm_prune = define(
 
 
 def _linear_reference(x, weight, bias, n, m, transposable):
-    check_values(LINEAR, x, weight)
+    check_weight(LINEAR, weight, n, m, transposable)
     pruned = prune_reference(weight, n, m, transposable)
     return torch.nn.functional.linear(x, pruned, bias).contiguous()
 
 
 def _linear_fake(x, weight, bias, n, m, transposable):
-    check_values(LINEAR, x, weight)
     check_weight(LINEAR, weight, n, m, transposable)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
@@ -78,14 +83,20 @@ nm_ste_linear = define(
 
 
 def _grad_input_reference(grad, weight, n, m, transposable):
+    check_weight(GRAD_INPUT, weight, n, m, transposable)
     return (grad @ prune_reference(weight, n, m, transposable)).contiguous()
+
+
+def _grad_input_fake(grad, weight, n, m, transposable):
+    check_weight(GRAD_INPUT, weight, n, m, transposable)
+    return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
 
 
 nm_ste_linear_grad_input = define(
     "nm_ste_linear_grad_input(Tensor grad, Tensor weight, int n, int m, bool transposable) "
     "-> Tensor",
     _grad_input_reference,
-    lambda grad, weight, n, m, transposable: grad.new_empty((*grad.shape[:-1], weight.shape[1])),
+    _grad_input_fake,
 )
 
 
