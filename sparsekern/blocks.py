@@ -1,8 +1,8 @@
 """Forwards of blocks, rewritten so that sparse convolutions do what stands around them.
 
-A block whose forward can be traced (`tracing.py`) gets one in which its convolutions add the residual
-(`residual.py`) and put the zeros around their input themselves (`padding.py`). The block itself,
-its children and its parameters stay where they are.
+A block whose forward can be traced (`tracing.py`) gets one in which its convolutions add the
+residual (`residual.py`) and put the zeros around their input themselves (`padding.py`), run step by
+step (`steps.py`). The block itself, its children and its parameters stay where they are.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from .chain import Links, Slot, is_hooked, slots, trace
 from .fold import FoldedNorm, find_folds, training_part, with_parameters
 from .measure.structure import forward_call, output_error, tensors_of
 from .ops._library import activate
+from .snapshot import undisturbed
 
 FUSABLE = ("relu", "relu6", "gelu", "gelu_tanh")
 TRAINABLE = ("relu", "relu6")  # the gradients of GELU would compute the layer once more
@@ -202,23 +203,9 @@ def check_agreement(want, got, dtype: torch.dtype) -> float | None:
     return error
 
 
-@contextmanager
-def undisturbed(model: nn.Module):
-    """Buffers (batch statistics of a model in training mode) and random numbers come back."""
-    training = (m for m in model.modules() if m.training)
-    buffers = [b for m in training for b in m.buffers(recurse=False)]
-    before = [(b, b.clone()) for b in buffers if not b.is_meta and not b.is_inference()]
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, values in before:
-                buffer.copy_(values)
-
-
-def run_once(model: nn.Module, inputs):
-    """Outputs of a run; random numbers it draws are the same each time, and given back."""
+def run_once(model: nn.Module, inputs, seeded: bool):
+    """Outputs of a run. `seeded`: the random numbers it draws are the same each time."""
     with undisturbed(model), torch.inference_mode():
-        torch.manual_seed(0)
+        if seeded:
+            torch.manual_seed(0)
         return forward_call(model, inputs)()
