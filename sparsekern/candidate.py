@@ -17,7 +17,7 @@ from .measure.graphs import capture
 from .measure.structure import forward_call
 from .measure.timer import interleaved, speedup
 from .patterns import Unstructured, detect
-from .sites import WANTED, Site, find_sites, group_tied, what_is_there
+from .sites import Site, find_sites, group_tied, what_is_there
 from .tune import WAYS, InputSpec, called
 
 
@@ -78,7 +78,7 @@ def find_candidates(model, mode: str, min_gain: float) -> list[Candidate]:
         refuse("min_gain > 0", min_gain)
     sites = find_sites(model)
     if not sites:
-        refuse(f"a model with dense linear or convolution layers ({WANTED})", what_is_there(model))
+        refuse("a model with dense linear or convolution layers", what_is_there(model))
     devices = {str(s.module.weight.device) for s in sites if isinstance(s.module.weight, Tensor)}
     if len(devices) > 1:
         refuse("all layers on one device", ", ".join(sorted(devices)))

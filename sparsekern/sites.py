@@ -16,7 +16,7 @@ from .nn import SparseConv2d, SparseLinear
 from .prune.slots import mask_beside
 from .prune.targets import is_conv1d_of_transformers
 
-WANTED = "nn.Linear, nn.Conv2d, transformers' Conv1D"
+WANTED = "nn.Linear, nn.Conv2d and transformers' Conv1D"
 # The parent reads `child.weight` itself instead of calling the child.
 READS_WEIGHT = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -191,7 +191,7 @@ def what_is_there(model: nn.Module) -> str:
         return "one with none"
     kinds = Counter(weight.kind for weight in left_out)
     weights = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
-    return f"one with none, but weights that have no sparse layer: {weights}"
+    return f"one with none, only weights without a sparse layer: {weights} (there are for {WANTED})"
 
 
 def group_tied(sites: list[Site]) -> list[list[Site]]:

@@ -76,10 +76,8 @@ def _functions(thing) -> list[FunctionType]:
 
 
 def _with_nested(code: CodeType) -> list[CodeType]:
-    inner = [
-        c for const in code.co_consts if isinstance(const, CodeType) for c in _with_nested(const)
-    ]
-    return [code, *inner]
+    nested = [const for const in code.co_consts if isinstance(const, CodeType)]
+    return [code, *(inner for const in nested for inner in _with_nested(const))]
 
 
 def _weights_in(code: CodeType) -> set[str]:

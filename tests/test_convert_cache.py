@@ -22,9 +22,8 @@ def test_cache_is_used_and_merged(monkeypatch):
     assert len(calls) == 2
     sk.convert_to_sparse(wide(), x, cache=False)
     assert len(calls) == 4
-    (entries,) = json.loads((tuning_cache.cache_folder() / "tuning.json").read_text())[
-        "devices"
-    ].values()
+    path = tuning_cache.cache_folder() / "tuning.json"
+    (entries,) = json.loads(path.read_text())["devices"].values()
     assert len(entries) == 2
 
 
