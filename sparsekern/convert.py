@@ -368,3 +368,6 @@ def _describe(result: ConversionReport, job: Job, candidates: list[Candidate]) -
             kinds.get(type(stand_in), result.fused).append(slot.name)
         if job.folds.reason:
             result.notes.append(job.folds.reason)
+        if job.folds.strange:
+            names = ", ".join(job.folds.strange)
+            result.notes.append(f"not folded, as they compute more than a normalisation: {names}")

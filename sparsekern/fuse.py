@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .chain import Links, Slot, is_hooked, slots, trace
-from .fold import FoldedNorm, find_folds, training_part, with_parameters
+from .fold import find_folds, stand_in, strange_norms, training_part, with_parameters
 from .measure.structure import forward_call, output_error, tensors_of
 from .ops._library import activate
 from .snapshot import undisturbed
@@ -66,11 +66,13 @@ class Folds:
     Attributes:
         names: Names of the normalisations.
         reason: Why none were looked for, or an empty string.
+        strange: Names of normalisations of classes that compute something else, too.
         model_ms: Median time of the folded dense model, None until it was timed.
     """
 
     names: list[str] = field(default_factory=list)
     reason: str = ""
+    strange: list[str] = field(default_factory=list)
     model_ms: float | None = None
     swaps: list[_Swap] = field(default_factory=list)
 
@@ -81,14 +83,14 @@ class Folds:
         if training is not None:
             what = f"{training!r}" if training else "the model"
             return cls(reason=f"nothing folded or fused: {what} is in training mode")
-        self = cls()
+        self = cls(strange=strange_norms(model))
         with _observing():
             folds = find_folds(model, inputs)
         for layer, norm, weight, bias in folds:
             twin = with_parameters(layer, weight, bias)
             self.swaps += [_Swap(s, twin) for s in slots(model, lambda m, x=layer: m is x)]
             places = slots(model, lambda m, x=norm: m is x)
-            self.swaps += [_Swap(slot, FoldedNorm().eval()) for slot in places]
+            self.swaps += [_Swap(slot, stand_in(norm)) for slot in places]
             self.names += [slot.name for slot in places]
         return self
 
