@@ -6,6 +6,7 @@ import torch
 from torch.library import Library
 
 from .. import _load as _load  # loads the compiled kernels, which register themselves
+from ..onnx_export import no_export
 from .cuda_support import state_once
 from .uneven import pad_first
 
@@ -45,7 +46,7 @@ def define(schema: str, reference, fake):
     name = schema.split("(")[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _FALLBACK.impl(name, without_views(_stating(name, pad_first(name, reference))))
-    torch.library.register_fake(f"sparsekern::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"sparsekern::{name}", no_export(name, fake), lib=LIBRARY)
     return getattr(torch.ops.sparsekern, name).default
 
 
