@@ -30,8 +30,8 @@ class Candidate:
     """
 
     sites: list[Site]
-    sparsity: float = 0.0
-    pattern: str = "unstructured"
+    sparsity: float | None = None
+    pattern: str = ""
     mask: Tensor | None = None
     format: str = "csr"
     sparse: list[nn.Module] = field(default_factory=list)
@@ -49,12 +49,14 @@ class Candidate:
         return self.dense_ms / self.sparse_ms
 
     def count_zeros(self, training: bool) -> None:
-        """Set `mask` and `sparsity`.
+        """Set `mask` and `sparsity`; None where the weight is computed anew by each call.
 
         A Pruner's mask counts where it tells more than the zeros: what to train, or a pattern.
         """
         first = self.sites[0]
-        if "weight" not in first.module._parameters or first.module.weight.is_meta:
+        state = first.module.__dict__
+        weight = first.module._parameters.get("weight", state.get("weight"))  # or of torch's prune
+        if not isinstance(weight, Tensor) or weight.is_meta:
             return
         masks = (site.mask for site in self.sites)
         mask = next((found for found in masks if found is not None), None)

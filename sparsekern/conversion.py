@@ -31,8 +31,8 @@ class LayerReport:
         name: Name in the model, empty for the model itself.
         kind: `Linear`, `Conv2d` or `Conv1D`.
         shape: Shape of the dense weight.
-        pattern: Pattern of the zeros.
-        sparsity: Share of zeros.
+        pattern: Pattern of the zeros, empty where it was not looked for.
+        sparsity: Share of zeros, None where the weight is computed anew by each call.
         format: `csr`, `block` or `nm` when sparse (with `_int8`, `_float8` and `_dynamic` behind it
             once quantized), `dense` when left dense.
         dense_ms: Time of the dense layer at the shapes seen, all its calls in one run of the model,
@@ -49,7 +49,7 @@ class LayerReport:
     kind: str
     shape: tuple[int, ...]
     pattern: str
-    sparsity: float
+    sparsity: float | None
     format: str
     dense_ms: float | None
     sparse_ms: float | None
@@ -235,8 +235,9 @@ def _cells(row: LayerReport) -> list[str]:
 
     ratio = gain_text(row.dense_ms / row.sparse_ms) if row.dense_ms and row.sparse_ms else "-"
     shape = _size(row.shape)
+    zeros = "-" if row.sparsity is None else f"{row.sparsity:.1%}"
     layout = row.format if row.activation == "none" else f"{row.format} + {row.activation}"
     return [
-        row.name or "(the model)", f"{row.kind} {shape}", row.pattern, f"{row.sparsity:.1%}",
+        row.name or "(the model)", f"{row.kind} {shape}", row.pattern or "-", zeros,
         layout, ms(row.dense_ms), ms(row.sparse_ms), ratio, row.reason,
     ]  # fmt: skip

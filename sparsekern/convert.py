@@ -109,7 +109,8 @@ def convert_to_sparse(
     """
     candidates = find_candidates(model, mode, min_gain)
     before = list(model.parameters())
-    with whole_or_not_at_all(model):
+    # Parameters made under the caller's inference_mode could not be called with gradients on.
+    with torch.inference_mode(False), whole_or_not_at_all(model):
         if example_inputs is not None:
             check_inputs(example_inputs, "convert_to_sparse")
             example_inputs = settle_list(model, example_inputs)

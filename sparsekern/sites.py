@@ -118,7 +118,10 @@ def _obstacle(site: Site, owners) -> str:
         return "it has hooks or a patched forward, which a new layer would lose"
     for parent, _ in site.places:
         if isinstance(parent, READS_WEIGHT):
-            return f"its parent {type(parent).__name__} reads the weight directly"
+            return (
+                f"its parent {type(parent).__name__} reads the weight itself and does not call the "
+                "layer"
+            )
     tied = [m for m in owners.get(id(module.weight), []) if m is not module]
     strangers = sorted({type(m).__name__ for m in tied if kind_of(m) != kind})
     if strangers:

@@ -118,9 +118,9 @@ def inference_call(layers: list[nn.Module], x: Tensor) -> Callable[[], object]:
 
 def training_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
     """Forward pass and the gradients of input and parameters, ready to be timed."""
-    leaf = x.clone().requires_grad_()
-    parameters = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
     with called("training"):
+        leaf = x.clone().requires_grad_()
+        parameters = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
         grad = torch.ones_like(layer(leaf).detach())
 
     def call():

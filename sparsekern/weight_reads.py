@@ -84,9 +84,10 @@ def _weights_in(code: CodeType) -> set[str]:
     """Names before `.weight`; `*` where it is something else, or a name that is looked up."""
     names, before = set(), None
     for step in dis.get_instructions(code):
-        if step.opname.startswith("LOAD") and step.argval == "weight":
+        constant = step.opname == "LOAD_CONST"
+        path = constant and isinstance(step.argval, str) and step.argval.endswith(".weight")
+        if path or (step.opname.startswith("LOAD") and step.argval == "weight"):
             attribute = before is not None and before.opname in ("LOAD_ATTR", "LOAD_METHOD")
-            constant = step.opname == "LOAD_CONST"
             local = step.opname.startswith(("LOAD_FAST", "LOAD_DEREF", "LOAD_GLOBAL", "LOAD_NAME"))
             if constant or not local:
                 names.add(before.argval if attribute and not constant else _ANY)
