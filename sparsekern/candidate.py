@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils._pytree import tree_leaves
 
 from .chain import Slot
@@ -56,7 +57,8 @@ class Candidate:
         first = self.sites[0]
         state = first.module.__dict__
         weight = first.module._parameters.get("weight", state.get("weight"))  # or of torch's prune
-        if not isinstance(weight, Tensor) or weight.is_meta:
+        unknown = not isinstance(weight, Tensor) or isinstance(weight, UninitializedTensorMixin)
+        if unknown or weight.is_meta:
             return
         masks = (site.mask for site in self.sites)
         mask = next((found for found in masks if found is not None), None)
@@ -225,6 +227,7 @@ def ways_of(model: nn.Module, mode: str, cuda_graphs: bool) -> tuple[str, ...]:
     if mode == "training":
         return ("training",)
     tensors = [*model.parameters(), *model.buffers()]
+    tensors = [t for t in tensors if not isinstance(t, UninitializedTensorMixin)]
     if cuda_graphs or any(t.is_inference() for t in tensors):
         return WAYS[:1]
     # Without anything to differentiate by, gradients that are on make no difference to no_grad.
@@ -255,6 +258,12 @@ def _training_step(model: nn.Module, inputs) -> None:
         torch.autograd.grad(total, parameters, allow_unused=True)
 
 
+def _shape_of(weight) -> tuple[int, ...]:
+    """Empty for the weight of a lazy module, which has none yet."""
+    known = isinstance(weight, Tensor) and not isinstance(weight, UninitializedTensorMixin)
+    return tuple(weight.shape) if known else ()
+
+
 def rows(candidate: Candidate) -> list[LayerReport]:
     """The lines of the report, one per layer of the group."""
     row = LayerReport(
@@ -264,7 +273,7 @@ def rows(candidate: Candidate) -> list[LayerReport]:
         way=candidate.way,
     )  # fmt: skip
     found = [
-        replace(row, name=s.name, kind=s.kind, shape=tuple(getattr(s.module.weight, "shape", ())))
+        replace(row, name=s.name, kind=s.kind, shape=_shape_of(s.module.weight))
         for s in candidate.sites
     ]
     if not candidate.take:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from .conversion import REPORT
 
@@ -69,8 +70,9 @@ def undisturbed(model: nn.Module):
 def _statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
     """The buffers that a run may change, and copies of their values."""
     training = (m for m in model.modules() if m.training)
-    buffers = {id(b): b for m in training for b in m.buffers(recurse=False) if not b.is_meta}
-    return [(buffer, buffer.clone()) for buffer in buffers.values()]
+    buffers = {id(b): b for m in training for b in m.buffers(recurse=False)}
+    known = [b for b in buffers.values() if not isinstance(b, UninitializedTensorMixin)]
+    return [(buffer, buffer.clone()) for buffer in known if not buffer.is_meta]
 
 
 def _put_back(statistics: list[tuple[Tensor, Tensor]]) -> None:

@@ -128,13 +128,16 @@ def _regular_text(path: Path) -> str:
     """The text of a regular file; a FIFO in its place must not make anybody wait."""
     wait_not = getattr(os, "O_NONBLOCK", 0)
     file = os.open(path, os.O_RDONLY | wait_not | getattr(os, "O_CLOEXEC", 0))
-    with open(file, "rb") as stream:
+    try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
             raise _NoFile("no regular file")
         if status.st_size > MAX_BYTES:
             raise ValueError(f"{status.st_size} bytes, more than {MAX_BYTES}")
-        return stream.read(MAX_BYTES).decode()
+        with open(file, "rb", closefd=False) as stream:
+            return stream.read(MAX_BYTES).decode()
+    finally:
+        os.close(file)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """Conversion beside threads that serve, train and convert: nothing of the process changes."""
 
 import gc
+import os
 import threading
 import warnings
 
@@ -84,9 +85,8 @@ def settings():
     return (
         torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(), nn.Module.__call__, nn.Module.__getattr__,
-        list(warnings.filters), gc.isenabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
-        dict(nn.modules.module._global_forward_hooks),
-        dict(torch.optim.optimizer._global_optimizer_pre_hooks), torch.get_float32_matmul_precision(),
+        list(warnings.filters), gc.isenabled(), torch.get_float32_matmul_precision(),
+        dict(nn.modules.module._global_forward_hooks), dict(os.environ), os.getcwd(),
     )  # fmt: skip
 
 
