@@ -1,6 +1,6 @@
 """Whether conversion ever makes a model slower: random models, in the three ways of calling them.
 
-    python -m bench.never_slower --out bench/results/never_slower.jsonl
+    python bench/never_slower.py --out bench/results/never_slower.jsonl
 
 Each model is pruned, converted with its example inputs, and timed against the dense copy under
 inference_mode, under no_grad and plainly, with gradients on: interleaved, the median of the ratios

@@ -16,7 +16,7 @@ from .measure.timer import synchronize
 from .nn import SparseConv2d, SparseLinear
 from .patterns import detect
 from .sites import Site
-from .tune import HOST_MS, WrongResult, layer_key, output_error, time_layer
+from .tune import WrongResult, is_close, layer_key, output_error, time_layer
 from .tuning_cache import TuningCache
 from .weights import FORMATS, fitting_formats
 
@@ -168,7 +168,7 @@ def _slowest_way(job: Job, sites: list[Site], twins: list[nn.Module]) -> tuple[s
     times = {first: _time(job, sites, twins, first, job.budget_s)}
     dense_ms, sparse_ms = times[first]
     count = sum(count for *_, count in _calls(job, sites, twins))
-    if 0 <= dense_ms - job.min_gain * sparse_ms < HOST_MS * count:
+    if is_close(dense_ms, sparse_ms, job.min_gain, count):
         for way in others:
             times[way] = _time(job, sites, twins, way, job.budget_s / BRIEF)
     way = min(times, key=lambda name: times[name][0] / times[name][1])

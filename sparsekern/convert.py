@@ -35,7 +35,7 @@ from .pool import ChannelsLastMaxPool2d, faster_pools
 from .progress import track
 from .sites import find_left_out, find_sites, group_tied
 from .snapshot import whole_or_not_at_all
-from .tune import HOST_MS, MIN_GAIN, device_key
+from .tune import MIN_GAIN, device_key, is_close
 from .tuning_cache import TuningCache
 from .weight_reads import readers
 
@@ -328,8 +328,8 @@ def _time_ways(job: Job, converted, taken, result: ConversionReport) -> None:
             result.model_gain, result.model_way = gain, way
             result.model_dense_ms, result.model_sparse_ms = dense_ms, sparse_ms
             result.model_folded_ms = job.folds.model_ms
-        wins_by = (gain - _least_gain(job)) * sparse_ms
-        if not 0 <= wins_by < 2 * HOST_MS * calls:  # what stands between layers has its share
+        # What stands between the layers has its share.
+        if not is_close(gain * sparse_ms, sparse_ms, _least_gain(job), 2 * calls):
             break
         budget_s = 2 * job.budget_s
     swap(job.model, taken)

@@ -22,9 +22,9 @@ from .ops.own_cuda import build_fault
 MIN_GAIN = 1.05  # sparse must win by 5 % to be taken
 # The ways people call a model for inference. They differ by what the host does around a kernel.
 WAYS = ("inference_mode", "no_grad", "gradients")
-# Of one call of a layer: what the host may take longer for a sparse layer than for a dense one in
-# another way of calling. Who wins by more in one way wins in all.
-HOST_MS = 0.05
+# What a sparse layer may lose against a dense one in another way of calling, by each call: time of
+# the host, and part of its own time for what it keeps for gradients, up to a limit.
+HOST_MS, KEEPING, KEEPING_MS = 0.1, 0.5, 2.0
 # Of the largest output. Kernels meet new cards and libraries on the user's machine; an error beyond
 # this is no rounding, not even that of bfloat16.
 WRONG = 0.05
@@ -56,6 +56,20 @@ class InputSpec:
         with torch.inference_mode(False):  # the caller's mode; a gradient may be wanted of it
             x = torch.randn(self.shape, device=device, generator=generator).to(self.dtype)
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+
+def is_close(dense_ms: float, sparse_ms: float, least: float, calls: int) -> bool:
+    """Whether a gain of at least `least` in one way of calling may be less in another one.
+
+    Args:
+        dense_ms: Time of all calls.
+        sparse_ms: The same, sparse.
+        least: Gain that is asked for; what gains less has lost already.
+        calls: How many calls of a layer that is.
+    """
+    wins_by = dense_ms - least * sparse_ms
+    may_lose = HOST_MS * calls + min(KEEPING * sparse_ms, KEEPING_MS * calls)
+    return 0 <= wins_by < may_lose
 
 
 @contextmanager
