@@ -1,16 +1,14 @@
 """Forwards of blocks, rewritten so that sparse convolutions do what stands around them.
 
-A block whose forward can be traced (torch.fx) gets one in which its convolutions add the residual
-(`residual.py`) and put the zeros around their input themselves (`padding.py`). The block itself,
-its children and its parameters stay where they are.
+A block whose forward can be traced (`tracing.py`) gets one in which its convolutions add the
+residual (`residual.py`) and put the zeros around their input themselves (`padding.py`), run step by
+step (`steps.py`). The block itself, its children and its parameters stay where they are.
 """
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from importlib import import_module
-from inspect import ismodule
 
 import torch
 from torch import Tensor, nn
@@ -20,53 +18,42 @@ from .measure.structure import forward_call
 from .nn import SparseConv2d
 from .padding import fuse_pads
 from .residual import fuse_sums
+from .steps import at, run, steps_of
 from .tracing import trace
 
 
 class FusedBlock:
     """The forward of a block in which convolutions add residuals and pad their input.
 
-    In training mode, and on images of a size it was not traced for, the block runs as it was
-    written.
+    In training mode, on images of a size it was not traced for, and where modules inside of it were
+    replaced or hooked since, the block runs as it was written.
 
     Attributes:
         block: The module whose forward this is.
-        source: Python source of the forward, with `self` for the block.
-        names: What the source refers to, modules by their names.
+        steps: What the forward does.
+        inner: Path of each module whose own forward is among the steps, and the module.
         size: `(channels, height, width)` of the input it holds for, None where it holds for all.
         sums: How many residuals convolutions add.
         pads: How many paddings are theirs now.
     """
 
-    def __init__(self, block: nn.Module, source: str, names: dict, size, sums: int, pads: int):
-        self.block, self.source, self.size, self.sums, self.pads = block, source, size, sums, pads
-        self.names = {k: _Import(v.__name__) if ismodule(v) else v for k, v in names.items()}
-        self._forward = None
+    def __init__(self, block: nn.Module, steps, inner, size, sums: int, pads: int):
+        self.block, self.steps, self.inner = block, steps, inner
+        self.size, self.sums, self.pads = size, sums, pads
 
     def __call__(self, x: Tensor) -> Tensor:
         """The output of the block."""
-        if self.block.training or self.size not in (None, tuple(x.shape[1:])):
-            return type(self.block).forward(self.block, x)
-        if self._forward is None:
-            self._forward = _compiled(self.source, self.names)
-        return self._forward(self.block, x)
+        block = self.block
+        fits = not block.training and self.size in (None, tuple(x.shape[1:]))
+        if fits and (not self.inner or self._is_as_traced()):
+            return run(self.steps, block, x)
+        return type(block).forward(block, x)
 
-    def __getstate__(self) -> dict:
-        """Without the compiled function, which cannot be pickled."""
-        return {**self.__dict__, "_forward": None}
-
-
-@dataclass(frozen=True)
-class _Import:
-    """A module of Python, which neither pickle nor deepcopy takes."""
-
-    name: str
-
-
-def _compiled(source: str, names: dict):
-    scope = {k: import_module(v.name) if isinstance(v, _Import) else v for k, v in names.items()}
-    exec(compile(source, "<fused block>", "exec"), scope)
-    return scope["forward"]
+    def _is_as_traced(self) -> bool:
+        return all(
+            at(self.block, path) is module and not module.training and not is_hooked(module)
+            for path, module in self.inner
+        )
 
 
 @dataclass(frozen=True)
@@ -140,8 +127,7 @@ def fuse_block(block: nn.Module, example: Tensor | None) -> FusedBlock | None:
     traced = trace(block, example)
     if traced is None:
         return None
-    graph, size = traced
-    modules = dict(block.named_modules())
+    graph, modules = traced.graph, dict(block.named_modules())
     for node in list(graph.nodes):
         if node.op == "call_module" and isinstance(modules[node.target], nn.Identity):
             node.replace_all_uses_with(node.args[0])
@@ -149,9 +135,11 @@ def fuse_block(block: nn.Module, example: Tensor | None) -> FusedBlock | None:
     pads, sums = fuse_pads(graph, modules), fuse_sums(graph, modules)
     if not pads and not sums:
         return None
-    graph.lint()
-    code = graph.python_code("self")
-    return FusedBlock(block, code.src, code.globals, size, sums, pads)
+    steps = steps_of(graph)
+    if steps is None:
+        return None
+    inner = tuple((tuple(name.split(".")), modules[name]) for name in traced.inner)
+    return FusedBlock(block, steps, inner, traced.size, sums, pads)
 
 
 def _first_inputs(model: nn.Module, inputs, blocks) -> dict[nn.Module, Tensor]:

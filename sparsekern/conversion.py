@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 
 from torch import nn
 
-from .sites import find_sparse
+from .sites import LeftOut, find_sparse
 
 REPORT = "_sparsekern_report"
+SHOWN = 8  # names of a kind in the printed report; `to_dict` has all
+IN_WORDS = {
+    "inference_mode": " under inference_mode",
+    "no_grad": " under no_grad",
+    "gradients": " with gradients on",
+}
+
+
+def gain_text(gain: float, way: str = "") -> str:
+    """A gain and the way of calling it holds for; cut, not rounded: 1.05x is no less than that."""
+    return f"{math.floor(gain * 100 + 1e-6) / 100:.2f}x{IN_WORDS.get(way, '')}"
 
 
 @dataclass(frozen=True)
@@ -19,29 +31,32 @@ class LayerReport:
         name: Name in the model, empty for the model itself.
         kind: `Linear`, `Conv2d` or `Conv1D`.
         shape: Shape of the dense weight.
-        pattern: Pattern of the zeros.
-        sparsity: Share of zeros.
+        pattern: Pattern of the zeros, empty where it was not looked for.
+        sparsity: Share of zeros, None where the weight is computed anew by each call.
         format: `csr`, `block` or `nm` when sparse (with `_int8`, `_float8` and `_dynamic` behind it
             once quantized), `dense` when left dense.
-        dense_ms: Time of the dense layer at the shapes seen, all its calls in one run of the model;
-            None when not timed.
+        dense_ms: Time of the dense layer at the shapes seen, all its calls in one run of the model,
+            in the way of calling that decided; None when not timed.
         sparse_ms: The same for the sparse layer.
         max_error: Largest absolute difference of the outputs, None when not compared.
         reason: Why this format.
         activation: The activation fused into the sparse layer, or `none`.
+        way: The way of calling that decided, as sparse gains least in it: `inference_mode`,
+            `no_grad` or `gradients` (a plain call); `training`, or empty when not timed.
     """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     pattern: str
-    sparsity: float
+    sparsity: float | None
     format: str
     dense_ms: float | None
     sparse_ms: float | None
     max_error: float | None
     reason: str
     activation: str = "none"
+    way: str = ""
 
 
 @dataclass
@@ -51,10 +66,15 @@ class ConversionReport:
     Attributes:
         layers: One row per linear or convolution layer.
         mode: `inference` or `training`.
-        model_dense_ms: Median time of the whole model before, None when not timed.
+        model_dense_ms: Median time of the whole model before, in the way of calling that decided;
+            None when not timed.
         model_sparse_ms: Median time after.
         model_folded_ms: Median time of the dense model with its normalisations folded, None when
             none were.
+        model_gain: What decided: how many times faster than the faster dense model, the median of
+            neighbouring samples. It may differ a little from the ratio of the medians.
+        model_way: The way of calling in which that is least, as in `LayerReport`.
+        model_gains: The gain in each way of calling that was timed.
         folded: Names of the normalisations folded into the layer before them.
         fused: Names of the activations that sparse layers compute now.
         pools: Names of the max pools that run by way of channels_last.
@@ -67,6 +87,7 @@ class ConversionReport:
             outputs of the whole model, relative to the largest output. None when nothing was folded
             or fused, or the outputs hold no tensor.
         reverted: Whether the model went back to dense because it was not faster as a whole.
+        left_out: Weights of two dimensions and more that are none of linear or convolution layers.
         notes: Anything else to know.
     """
 
@@ -75,6 +96,9 @@ class ConversionReport:
     model_dense_ms: float | None = None
     model_sparse_ms: float | None = None
     model_folded_ms: float | None = None
+    model_gain: float | None = None
+    model_way: str = ""
+    model_gains: dict[str, float] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
     fused: list[str] = field(default_factory=list)
     pools: list[str] = field(default_factory=list)
@@ -85,6 +109,7 @@ class ConversionReport:
     norms: list[str] = field(default_factory=list)
     fusion_error: float | None = None
     reverted: bool = False
+    left_out: list[LeftOut] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add_block(self, name: str, sums: int, pads: int) -> None:
@@ -107,13 +132,12 @@ class ConversionReport:
         """One line."""
         text = f"{self.n_sparse} of {len(self.layers)} layers sparse"
         if self.model_dense_ms and self.model_sparse_ms:
-            text += (
-                f"; whole model {self.model_dense_ms:.2f} ms dense, {self.model_sparse_ms:.2f} ms "
-                f"sparse ({self.model_dense_ms / self.model_sparse_ms:.2f}x)"
-            )
+            text += f"; whole model {self.model_dense_ms:.2f} ms dense, "
             if self.model_folded_ms:
-                ratio = self.model_folded_ms / self.model_sparse_ms
-                text += f", {self.model_folded_ms:.2f} ms dense and folded ({ratio:.2f}x)"
+                text += f"{self.model_folded_ms:.2f} ms dense and folded, "
+            text += f"{self.model_sparse_ms:.2f} ms sparse"
+            if self.model_gain:
+                text += f" ({gain_text(self.model_gain, self.model_way)})"
         return text + ("; reverted to dense" if self.reverted else "")
 
     def table(self) -> str:
@@ -125,7 +149,19 @@ class ConversionReport:
         text = text_table(
             f"convert_to_sparse, {self.mode}", columns, [_cells(row) for row in self.layers]
         )
-        return "\n".join([text.rstrip("\n"), self.summary(), *self._fusion(), *self.notes])
+        return "\n".join([text.rstrip("\n"), self.summary(), *self._lines(), *self.notes])
+
+    def _lines(self) -> list[str]:
+        lines = self._fusion()
+        if self.left_out:
+            names = [f"{w.name} ({w.kind} {_size(w.shape)}: {w.reason})" for w in self.left_out]
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            total = sum(math.prod(w.shape) for w in self.left_out)
+            lines.append(
+                f"{len(names)} weights not looked at, {total:,} numbers: "
+                f"{', '.join(names[:SHOWN])}{more}"
+            )
+        return lines
 
     def _fusion(self) -> list[str]:
         lines = []
@@ -189,14 +225,19 @@ def _quantized_since(model: nn.Module, rows: list[LayerReport]) -> list[LayerRep
     return [current(row) for row in rows]
 
 
+def _size(shape: tuple[int, ...]) -> str:
+    return "x".join(str(n) for n in shape)
+
+
 def _cells(row: LayerReport) -> list[str]:
     def ms(value):
         return "-" if value is None else f"{value:.3f}"
 
-    ratio = f"{row.dense_ms / row.sparse_ms:.2f}x" if row.dense_ms and row.sparse_ms else "-"
-    shape = "x".join(str(n) for n in row.shape)
+    ratio = gain_text(row.dense_ms / row.sparse_ms) if row.dense_ms and row.sparse_ms else "-"
+    shape = _size(row.shape)
+    zeros = "-" if row.sparsity is None else f"{row.sparsity:.1%}"
     layout = row.format if row.activation == "none" else f"{row.format} + {row.activation}"
     return [
-        row.name or "(the model)", f"{row.kind} {shape}", row.pattern, f"{row.sparsity:.1%}",
+        row.name or "(the model)", f"{row.kind} {shape}", row.pattern or "-", zeros,
         layout, ms(row.dense_ms), ms(row.sparse_ms), ratio, row.reason,
     ]  # fmt: skip

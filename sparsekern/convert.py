@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 from .blocks import FusedBlock, fused_blocks
@@ -15,37 +15,32 @@ from .candidate import (
     find_candidates,
     record_inputs,
     rows,
+    runs,
+    settle_list,
     swap,
     swap_back,
     time_model,
+    ways_of,
 )
 from .chain import slots
-from .conversion import REPORT, ConversionReport, report
-from .device import cold_bytes, format_fault
+from .choose import Job, decide
+from .conversion import REPORT, ConversionReport, gain_text, report
+from .device import cold_bytes
 from .fuse import FUSABLE, TRAINABLE, Activations, Folds, Misread, check_agreement, run_once
 from .measure.structure import check_inputs
-from .measure.timer import synchronize
-from .nn import SparseConv2d, SparseLinear
 from .norm import ContiguousBatchNorm2d, faster_norms, find_norms
+from .old_optimizers import warn_old_optimizers
 from .parts import RootSlot, faster_in_parts
-from .patterns import detect
 from .pool import ChannelsLastMaxPool2d, faster_pools
 from .progress import track
-from .sites import Site, find_sites, group_tied
-from .tune import (
-    MIN_GAIN,
-    TuningCache,
-    WrongResult,
-    layer_key,
-    output_error,
-    time_layer,
-)
-from .weights import FORMATS, fitting_formats
+from .sites import find_left_out, find_sites, group_tied
+from .snapshot import whole_or_not_at_all
+from .tune import MIN_GAIN, device_key, is_close
+from .tuning_cache import TuningCache
+from .weight_reads import readers
 
-WORTH_TIMING = 0.3  # fewer zeros than this cannot win in any kernel we have
-# Without example inputs nothing can be timed; these are the crossovers of the README's table for
-# inputs of a few hundred tokens or pixels and more.
-HEURISTIC = {"Linear": 0.7, "Conv1D": 0.7, "Conv2d": 0.8}
+MODEL_GAIN = 1.02  # the least of the whole model, in every way of calling it
+SURE_GAIN = 1.25  # where the whole model lost, layers that win by less alone are left out
 
 
 def convert_to_sparse(
@@ -63,9 +58,11 @@ def convert_to_sparse(
     """Swap pruned linear and convolution layers for sparse ones, where that is faster here.
 
     Every layer is timed at the shapes it saw in a run of `example_inputs` and stays dense unless
-    sparse wins by `min_gain`; the whole model is timed last and goes back if it lost. Layers keep
-    exactly the zeros that are there; where a `Pruner` left a mask, it tells the pattern, and for
-    training the weights to store. `sparsekern.report(model)` tells what happened to each layer.
+    sparse wins by `min_gain`; the whole model is timed last and goes back if it lost. Both count in
+    each way a model is called: under inference_mode, under no_grad, and plainly, with gradients on.
+    Layers keep exactly the zeros that are there; where a `Pruner` left a mask, it tells the
+    pattern, and for training the weights to store. `sparsekern.report(model)` tells what happened
+    to each layer.
 
     For inference (a model in eval mode) batch normalisation is folded into the layer before it, and
     ReLU, ReLU6 and GELU modules go into the sparse layers whose output they read, where a run shows
@@ -87,8 +84,10 @@ def convert_to_sparse(
     Args:
         model: Any module; changed in place. Shared and tied layers stay shared and tied.
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments (what a
-            tokenizer returns is one). None: nothing is timed, a threshold on the sparsity decides
-            (linear 70 %, convolution 80 %; on a GPU all stay dense), and the report says so.
+            tokenizer returns is one), a list of positional arguments or for a model that takes a
+            list. None: nothing is timed, a threshold on the sparsity decides (linear 70 %,
+            convolution 80 %; on a GPU all stay dense, and so does a layer whose weight the code of
+            the model may read itself), and the report says so.
         mode: `inference` times the forward pass; `training` times forward and both gradients and
             prepares the backward pass.
         min_gain: Least ratio dense time / sparse time to take a sparse layer.
@@ -105,64 +104,77 @@ def convert_to_sparse(
     Raises:
         TypeError: example_inputs of another kind.
         ValueError: unknown mode, no layer to convert, weights on several devices or with NaN,
-            cuda_graphs without a GPU. The model is then unchanged.
+            cuda_graphs without a GPU, a list the model does not take. The model is as it was after
+            any exception, Ctrl-C included.
     """
     candidates = find_candidates(model, mode, min_gain)
-    if example_inputs is not None:
-        check_inputs(example_inputs, "convert_to_sparse")
-    device = candidates[0].sites[0].module.weight.device
-    if cuda_graphs:
-        check_graphs(device, mode, example_inputs)
-    job = _Job(model, example_inputs, mode, min_gain, budget_s, cuda_graphs=cuda_graphs)
-    job.tuning = TuningCache(device, on_disk=cache and example_inputs is not None)
-    job.cold_bytes = cold_bytes(model, device)
+    before = list(model.parameters())
+    # Parameters made under the caller's inference_mode could not be called with gradients on.
+    with torch.inference_mode(False), whole_or_not_at_all(model):
+        if example_inputs is not None:
+            check_inputs(example_inputs, "convert_to_sparse")
+            example_inputs = settle_list(model, example_inputs)
+        device = candidates[0].sites[0].module.weight.device
+        if cuda_graphs:
+            check_graphs(device, mode, example_inputs)
+        job = Job(model, example_inputs, mode, min_gain, budget_s, cuda_graphs)
+        job.ways = ways_of(model, mode, cuda_graphs)
+        on_disk = cache and example_inputs is not None
+        job.tuning = TuningCache(device_key(device) if on_disk else "", on_disk)
+        job.cold_bytes = cold_bytes(model, device)
+        with _random_numbers_kept(job):
+            converted = _convert_or_not_fused(job, candidates, fuse, progress)
+        if mode == "training":
+            warn_old_optimizers(before, converted)
+    return converted
+
+
+@contextmanager
+def _random_numbers_kept(job: Job):
+    """They come back as they were; not touched at all where the model draws none.
+
+    They belong to the whole process: other threads may be drawing.
+    """
+    if job.inputs is None:
+        yield
+        return
+    state, gpus = torch.get_rng_state(), []
+    if torch.cuda.is_initialized():
+        gpus = torch.cuda.get_rng_state_all()
     try:
-        if fuse and example_inputs is not None:
-            if mode == "inference":
-                job.folds = Folds.find(model, example_inputs)
+        yield
+    finally:
+        if job.random:
+            torch.set_rng_state(state)
+            if gpus:
+                torch.cuda.set_rng_state_all(gpus)
+
+
+def _convert_or_not_fused(job: Job, candidates: list[Candidate], fuse: bool, progress):
+    """The converted model; without folding and fusing where the model was misread."""
+    try:
+        if fuse and job.inputs is not None:
+            if job.mode == "inference":
+                job.folds = Folds.find(job.model, job.inputs)
             job.fuse = not job.folds.reason
         return _convert(job, candidates, progress)
     except Misread as error:
         note = f"nothing folded or fused: {error}"
-    job.folds, job.fuse, job.planned = Folds(), False, {}
-    converted = _convert(job, find_candidates(model, mode, min_gain), progress)
+    job.folds, job.fuse, job.planned, job.norms = Folds(), False, {}, set()
+    converted = _convert(job, find_candidates(job.model, job.mode, job.min_gain), progress)
     report(converted).notes.append(note)
     return converted
 
 
-@dataclass
-class _Job:
-    """One conversion: what was asked for, and what was found out about the model."""
-
-    model: nn.Module
-    inputs: object
-    mode: str
-    min_gain: float
-    budget_s: float
-    fuse: bool = False
-    folds: Folds = field(default_factory=Folds)
-    specs: dict[int, Counter] | None = None  # how often each layer saw which input, by its id
-    activations: Activations | None = None
-    planned: dict[nn.Module, str] = field(default_factory=dict)  # layer -> activation to fuse
-    tuning: TuningCache | None = None
-    cold_bytes: int = 0
-    cuda_graphs: bool = False
-
-
-def _convert(job: _Job, candidates: list[Candidate], progress: bool | None) -> nn.Module:
+def _convert(job: Job, candidates: list[Candidate], progress: bool | None) -> nn.Module:
     result = ConversionReport(mode=job.mode)
     job.folds.apply()
     try:
         if job.folds.names:
             candidates = [Candidate(group) for group in group_tied(find_sites(job.model))]
         _decide_all(job, candidates, progress)
-        taken = [c for c in candidates if c.take]
-        converted = swap(job.model, taken)
-        if taken and job.fuse and job.mode == "inference" and _on_cpu(taken):
-            taken[0].fused += fused_blocks(converted, job.inputs)
-        if taken and job.inputs is not None:
-            converted = _confirm(job, converted, taken, result)
-    except BaseException:  # Ctrl-C too: the model goes back as it came
+        converted = _install(job, candidates, result)
+    except BaseException:  # a Misread is converted once more, from the model as it came
         swap_back(job.model, candidates)
         job.folds.undo()
         raise
@@ -179,36 +191,90 @@ def _convert(job: _Job, candidates: list[Candidate], progress: bool | None) -> n
     return converted
 
 
-def _decide_all(job: _Job, candidates: list[Candidate], progress: bool | None) -> None:
-    """Choose for every candidate, build the sparse twins, settle which activations they take."""
+def _decide_all(job: Job, candidates: list[Candidate], progress: bool | None) -> None:
+    """Choose for every candidate and build the sparse twins."""
     able = {s.module for c in candidates for s in c.sites if not s.obstacle}
-    norms = find_norms(job.model) if job.fuse and job.mode == "training" else set()
+    if job.fuse and job.mode == "training":
+        job.norms = find_norms(job.model)
     pools = {m for m in job.model.modules() if type(m) is nn.MaxPool2d}
-    if job.inputs is not None:
-        job.specs = record_inputs(job.model, job.inputs, able | norms | pools)
+    if job.inputs is None:
+        job.reads_weight = readers(job.model)
+    else:
+        state = torch.get_rng_state()
+        job.specs = record_inputs(job.model, job.inputs, able | job.norms | pools)
+        # A part in training mode may draw in the runs that are in the mode of the model.
+        in_training = any(m.training for m in job.model.modules())
+        job.random = in_training or not torch.equal(state, torch.get_rng_state())
     if job.fuse:
         kinds = FUSABLE if job.mode == "inference" else TRAINABLE
-        job.activations = Activations(job.model, job.inputs, able | norms, kinds)
-        job.planned = job.activations.of_layers(able | norms)
+        job.activations = Activations(job.model, job.inputs, able | job.norms, kinds)
+        job.planned = job.activations.of_layers(able | job.norms)
     for candidate in track(candidates, "timing layers", progress):
-        _decide(job, candidate)
+        decide(job, candidate)
     job.tuning.save()
+
+
+def _install(job: Job, candidates: list[Candidate], result: ConversionReport) -> nn.Module:
+    """Hang in the layers that are taken, if the whole model gains by it.
+
+    Where it does not, once more with the layers about which there is no doubt.
+    """
     taken = [c for c in candidates if c.take]
-    if taken:
-        _fuse(job, taken, norms)
+    why = _try_whole(job, taken, result)
+    surer = _surer(job, taken, result) if why else []
+    if surer:
+        _leave_out([c for c in taken if c not in surer], f"left out: {why}")
+        result.notes.append(f"once more with the {len(surer)} surest weights: {why}")
+        taken, why = surer, _try_whole(job, surer, result)
+    if why:
+        result.reverted = True
+        result.notes.append(f"reverted: {why}")
+        _leave_out(taken, "reverted")
+        return job.model
+    return swap(job.model, taken)
 
 
-def _fuse(job: _Job, taken: list[Candidate], norms: set[nn.Module]) -> None:
+def _surer(job: Job, taken: list[Candidate], result: ConversionReport) -> list[Candidate]:
+    """Part of the layers, with which the model may win; none where that is no part."""
+    if result.model_gain is None:  # it does not run
+        read = readers(job.model)
+        sure = [c for c in taken if not any(id(s.module) in read for s in c.sites)]
+    else:
+        sure = [c for c in taken if c.gain >= SURE_GAIN]
+    return sure if len(sure) < len(taken) else []
+
+
+def _leave_out(layers: list[Candidate], reason: str) -> None:
+    for candidate in layers:
+        candidate.take, candidate.reason = False, f"{candidate.reason}; {reason}"
+
+
+def _try_whole(job: Job, taken: list[Candidate], result: ConversionReport) -> str:
+    """Fuse, check and time the whole model, which comes back dense; why it lost, or nothing."""
+    if not taken:
+        return ""
+    _fuse(job, taken)
+    converted = swap(job.model, taken)
+    if job.fuse and job.mode == "inference" and _on_cpu(taken):
+        taken[0].fused += fused_blocks(converted, job.inputs)
+    why = "" if job.inputs is None else _confirm(job, converted, taken, result)
+    swap_back(job.model, taken)
+    return why
+
+
+def _fuse(job: Job, taken: list[Candidate]) -> None:
     """Settle what hangs between the sparse layers: pools, normalisations, activations."""
     twins = {s.module: t for c in taken for s, t in zip(c.sites, c.sparse, strict=True)}
+    for candidate in taken:
+        candidate.fused = []
     training = job.mode == "training"
     if job.fuse and _on_cpu(taken):
         taken[0].fused = faster_pools(job.model, job.specs, job.budget_s, training)
         behind = {
             norm: (job.activations.module_after(norm), job.planned[norm])
-            for norm in norms.intersection(job.planned)
+            for norm in job.norms.intersection(job.planned)
         }
-        stand_ins = faster_norms(norms, job.specs, behind, job.budget_s)
+        stand_ins = faster_norms(job.norms, job.specs, behind, job.budget_s)
         places = slots(job.model, stand_ins.__contains__)
         taken[0].fused += [(slot, stand_ins[slot.module]) for slot in places]
         twins |= stand_ins
@@ -220,172 +286,78 @@ def _fuse(job: _Job, taken: list[Candidate], norms: set[nn.Module]) -> None:
     taken[0].fused += job.activations.places({m: twins[m] for m in final})
 
 
-def _wins_dense(job: _Job, site: Site) -> bool:
-    """Whether a layer may win without zeros: our kernel for depthwise convolutions does."""
-    timed = job.mode == "inference" and job.specs is not None
-    return timed and site.is_depthwise and site.module.weight.device.type == "cpu"
-
-
 def _on_cpu(taken: list[Candidate]) -> bool:
     return taken[0].sites[0].module.weight.device.type == "cpu"
 
 
-def _decide(job: _Job, candidate: Candidate) -> None:
-    """Fill in what the candidate's layers gain, and whether to take them."""
-    site = candidate.sites[0]
-    obstacle = next((s.obstacle for s in candidate.sites if s.obstacle), "")
-    candidate.count_zeros(job.mode == "training")
-    if obstacle:
-        candidate.reason = obstacle
-        return
-    if candidate.sparsity < WORTH_TIMING and not _wins_dense(job, site):
-        candidate.reason = f"only {candidate.sparsity:.0%} zeros"
-        return
-    candidate.pattern = str(detect(site.weight if candidate.mask is None else candidate.mask))
-    device = site.module.weight.device
-    if job.specs is None and device.type != "cpu":
-        candidate.reason = f"not timed: pass example_inputs, no threshold is known for {device}"
-        return
-    if job.specs is None:
-        threshold = HEURISTIC[site.kind]
-        candidate.take = candidate.sparsity >= threshold
-        candidate.reason = f"heuristic, no example_inputs: sparse from {threshold:.0%} zeros"
-    elif not any(id(s.module) in job.specs for s in candidate.sites):
-        candidate.reason = "not called in the run of example_inputs"
-        return
-    shape, groups = site.weight.shape, getattr(site.module, "groups", 1)
-    faults = {
-        name: format_fault(name, site.kind, device)
-        for name in fitting_formats(candidate.pattern, shape, groups)
-    }
-    formats = [name for name, fault in faults.items() if not fault]
-    if not formats:
-        candidate.take, candidate.reason = False, "; ".join(faults.values())
-        return
-    if job.specs is None:
-        candidate.format = formats[0]
-        candidate.sparse = _build(job, candidate, candidate.format)
-        return
-    _choose_format(job, candidate, formats)
-
-
-def _choose_format(job: _Job, candidate: Candidate, formats: list[str]) -> None:
-    """Time the formats that can run; take the fastest if it gains enough."""
-    refused = [text for name in formats if (text := _try_format(job, candidate, name))]
-    if candidate.sparse_ms is None:
-        candidate.reason = "; ".join(refused)
-        return
-    gain = candidate.dense_ms / candidate.sparse_ms
-    candidate.take = gain >= job.min_gain
-    gained = f"{'faster' if candidate.take else 'not faster'}: {gain:.2f}x"
-    candidate.reason = "; ".join([gained, *refused])
-
-
-def _try_format(job: _Job, candidate: Candidate, name: str) -> str:
-    """Time one format; the candidate keeps the fastest one so far. Says why if it cannot run."""
-    device = candidate.sites[0].module.weight.device
-    try:
-        sparse = _build(job, candidate, name)
-        dense_ms, sparse_ms, error = _time(job, candidate.sites, sparse)
-    except Exception as error:
-        if device.type == "cpu" and not isinstance(error, WrongResult):
-            raise
-        # A library too old, a kernel too large for this card: the layer stays dense and says so.
-        # A card that was lost raises here as well, and the conversion ends.
-        synchronize(device)
-        return f"{name} does not run here: {(str(error) or repr(error)).strip().splitlines()[0]}"
-    before = candidate.sparse_ms
-    if before is None or sparse_ms / dense_ms < before / candidate.dense_ms:
-        candidate.format, candidate.sparse = name, sparse
-        candidate.dense_ms, candidate.sparse_ms, candidate.error = dense_ms, sparse_ms, error
-    return ""
-
-
-def _build(job: _Job, candidate: Candidate, name: str) -> list[nn.Module]:
-    """Sparse twins around one shared weight of a format."""
-    first = candidate.sites[0]
-    weight = FORMATS[name].from_dense(
-        first.weight, candidate.mask, candidate.pattern, getattr(first.module, "groups", 1)
-    )
-    weight.values.requires_grad_(first.module.weight.requires_grad)
-    if job.mode == "training":
-        weight.prepare_training()
-    layer = SparseConv2d if first.kind == "Conv2d" else SparseLinear
-    return [
-        layer.from_weight(weight, site.module, job.planned.get(site.module, "none"))
-        for site in candidate.sites
-    ]
-
-
-def _time(job: _Job, sites, twins) -> tuple[float, float, float]:
-    """Milliseconds dense and sparse at the inputs seen, and the largest difference.
-
-    Dense is the layer with the activation that may be fused.
-    """
-    training, graphs = job.mode == "training", job.cuda_graphs
-    dense_ms = sparse_ms = error = 0.0
-    for site, twin in zip(sites, twins, strict=True):
-        dense, sparse = site.module, twin
-        if site.module in job.planned:  # as they hang in the model, with an nn.Identity left behind
-            dense = nn.Sequential(dense, job.activations.module_after(dense))
-            sparse = nn.Sequential(twin, nn.Identity())
-        for spec, count in job.specs.get(id(site.module), {}).items():
-            key = layer_key(twin, spec, "CUDA graphs" if graphs else job.mode)
-            times = job.tuning.get(key)
-            if times is None:
-                options = (training, job.budget_s, job.cold_bytes, graphs)
-                times = time_layer(dense, sparse, spec, *options)
-                job.tuning.put(key, *times)
-            dense_ms += count * times[0]
-            sparse_ms += count * times[1]
-            error = max(error, output_error(dense, sparse, spec, twin.weight.device))
-    return dense_ms, sparse_ms, error
-
-
-def _confirm(job: _Job, converted, taken, result: ConversionReport) -> nn.Module:
-    """Check and time the whole model; back to dense if sparse lost, or does not run."""
+def _confirm(job: Job, converted, taken: list[Candidate], result: ConversionReport) -> str:
+    """Check and time the whole model, sparse as it comes; why it stays dense, or nothing."""
     if job.folds.names or any(c.fused for c in taken):
         result.fusion_error = _agreement(job, converted, taken)
+    result.model_gains, result.model_gain = {}, None
     try:
-        how = (job.mode, 4 * job.budget_s, job.folds, job.cuda_graphs)
-        times = time_model(job.model, converted, taken, job.inputs, *how)
-        result.model_dense_ms, result.model_sparse_ms, gain = times
+        _time_ways(job, converted, taken, result)
     except Exception as error:
+        result.model_gain = None
         note = f"the converted model does not run, so it stays dense: {error!r}"
-        warnings.warn(f"convert_to_sparse: {note}", stacklevel=4)
-        return _revert(job.model, taken, result, "reverted: " + note)
-    result.model_folded_ms = job.folds.model_ms
-    if gain < 1:
-        than = " than dense with its normalisations folded" if job.folds.names else ""
-        return _revert(job.model, taken, result, f"reverted: the whole model was not faster{than}")
-    return swap(job.model, taken)
+        warnings.warn(f"convert_to_sparse: {note}", stacklevel=7)
+        return note
+    if result.model_gain >= _least_gain(job):
+        return ""
+    than = " than dense with its normalisations folded" if job.folds.names else ""
+    return f"the whole model was not faster{than}: {gain_text(result.model_gain, result.model_way)}"
 
 
-def _agreement(job: _Job, converted: nn.Module, taken) -> float | None:
+def _least_gain(job: Job) -> float:
+    """Of the whole model; who asks for layers that win by less gets them, if nothing is lost."""
+    return min(MODEL_GAIN, max(1.0, job.min_gain))
+
+
+def _time_ways(job: Job, converted, taken, result: ConversionReport) -> None:
+    """Time the whole model in the ways that may decide; the report gets the one that does."""
+    calls = sum(job.specs[id(s.module)].total() for c in taken for s in c.sites
+                if id(s.module) in job.specs)  # fmt: skip
+    budget_s = 4 * job.budget_s
+    for way in job.ways:
+        if way != job.ways[0] and not _runs_dense(job, taken, way):
+            continue
+        how = (job.inputs, way, budget_s, job.folds, job.cuda_graphs)
+        dense_ms, sparse_ms, gain = time_model(job.model, converted, taken, *how)
+        result.model_gains[way] = gain
+        if result.model_gain is None or gain < result.model_gain:
+            result.model_gain, result.model_way = gain, way
+            result.model_dense_ms, result.model_sparse_ms = dense_ms, sparse_ms
+            result.model_folded_ms = job.folds.model_ms
+        # What stands between the layers has its share.
+        if not is_close(gain * sparse_ms, sparse_ms, _least_gain(job), 2 * calls):
+            break
+        budget_s = 2 * job.budget_s
+    swap(job.model, taken)
+
+
+def _runs_dense(job: Job, taken: list[Candidate], way: str) -> bool:
+    """Whether the dense model can be called in this way at all."""
+    return runs(swap_back(job.model, taken), job.inputs, way)
+
+
+def _agreement(job: Job, converted, taken) -> float | None:
     """How far the outputs are from those of the model as it came; Misread if it is no rounding."""
     swap_back(job.model, taken)
     job.folds.undo()
-    want = run_once(job.model, job.inputs)
+    want = run_once(job.model, job.inputs, job.random)
     job.folds.apply()
     swap(job.model, taken)
     dtype = taken[0].sites[0].module.weight.dtype
     try:
-        return check_agreement(want, run_once(converted, job.inputs), dtype)
+        return check_agreement(want, run_once(converted, job.inputs, job.random), dtype)
     except Exception as error:
         raise Misread(str(error)) from error
 
 
-def _revert(model, taken, result: ConversionReport, reason: str) -> nn.Module:
-    result.reverted = True
-    result.notes.append(reason)
-    for candidate in taken:
-        candidate.take, candidate.reason = False, f"{candidate.reason}; {reason.split(':')[0]}"
-    return swap_back(model, taken)
-
-
-def _describe(result: ConversionReport, job: _Job, candidates: list[Candidate]) -> None:
+def _describe(result: ConversionReport, job: Job, candidates: list[Candidate]) -> None:
     """Fill in the report."""
     result.layers = [row for c in candidates for row in rows(c)]
+    result.left_out = find_left_out(job.model)
     taken = [c for c in candidates if c.take]
     if taken:
         result.folded = job.folds.names
@@ -397,3 +369,6 @@ def _describe(result: ConversionReport, job: _Job, candidates: list[Candidate]) 
             kinds.get(type(stand_in), result.fused).append(slot.name)
         if job.folds.reason:
             result.notes.append(job.folds.reason)
+        if job.folds.strange:
+            names = ", ".join(job.folds.strange)
+            result.notes.append(f"not folded, as they compute more than a normalisation: {names}")

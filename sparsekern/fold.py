@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .chain import Slot, is_hooked, shallow_copy, slots, trace
@@ -23,6 +24,29 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 class FoldedNorm(nn.Identity):
     """Stands where a batch normalisation was that the layer before it computes now."""
+
+
+class FoldedNormAct(nn.Sequential):
+    """Stands where a normalisation with an activation inside was; keeps the activation."""
+
+
+def stand_in(norm: nn.Module) -> FoldedNorm | FoldedNormAct:
+    """What takes the place of a normalisation once it is folded."""
+    if type(norm) in NORMS:
+        return FoldedNorm().train(norm.training)
+    behind = {name: child for name, child in norm._modules.items() if child is not None}
+    if not behind:
+        return FoldedNorm().train(norm.training)
+    return FoldedNormAct(OrderedDict(behind)).train(norm.training)
+
+
+def strange_norms(model: nn.Module) -> list[str]:
+    """Names of batch normalisations of other classes that compute something else, too."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, NORMS) and not _is_norm(module) and not is_hooked(module)
+    ]
 
 
 def fold_batchnorm(model: nn.Module, example_inputs) -> list[str]:
@@ -58,7 +82,7 @@ def fold_batchnorm(model: nn.Module, example_inputs) -> list[str]:
     for layer, norm, weight, bias in find_folds(model, example_inputs):
         layer.weight, layer.bias = weight, bias
         for slot in slots(model, lambda m, norm=norm: m is norm):
-            slot.put(FoldedNorm().eval())
+            slot.put(stand_in(norm))
             folded.append(slot.name)
     return folded
 
@@ -109,13 +133,49 @@ def _is_plain_layer(module: nn.Module, owners: Counter[int]) -> bool:
 
 
 def _is_plain_norm(module: nn.Module) -> bool:
-    return type(module) in NORMS and module.running_mean is not None and not is_hooked(module)
+    if not isinstance(module, NORMS) or module.running_mean is None or is_hooked(module):
+        return False
+    return _is_norm(module)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a batch normalisation, of whatever class, is one and then its children in turn.
+
+    Libraries have normalisations with an activation inside (timm's BatchNormAct2d). Such a class is
+    told by its values on a probe, not by its name; the probe is in eval mode.
+    """
+    if type(module) in NORMS:
+        return True
+    children = [child for child in module._modules.values() if child is not None]
+    tensors = [t for child in children for t in (*child.parameters(), *child.buffers())]
+    if tensors or any(is_hooked(m) for child in children for m in child.modules()):
+        return False
+    x = _probe(module)
+    try:
+        with torch.no_grad():
+            options = module.running_mean, module.running_var, module.weight, module.bias
+            want, got = module(x.clone()), F.batch_norm(x, *options, eps=module.eps)
+            for child in children:
+                got = child(got)
+        return bool(torch.allclose(want, got, rtol=1e-5, atol=1e-6))
+    except Exception:  # it takes other inputs, or its children do
+        return False
+
+
+def _probe(norm: nn.Module) -> Tensor:
+    """An input whose channels are, normalised, from -12 to 12."""
+    mean = norm.running_mean
+    dims = next(dims for kind, dims in FITTING.values() if isinstance(norm, kind))
+    x = torch.linspace(-12, 12, 49, device=mean.device, dtype=mean.dtype)
+    channels = (1, -1, *[1] * (dims - 2))
+    x = x.reshape(-1, *[1] * (dims - 1))
+    return x * norm.running_var.sqrt().reshape(channels) + mean.reshape(channels)
 
 
 def _fits(slot: Slot, norm_slot: Slot, dims: int) -> bool:
     kind, wanted = FITTING[type(slot.module)]
     return (
-        type(norm_slot.module) is kind
+        isinstance(norm_slot.module, kind)
         and dims == wanted
         and slot.module.weight.shape[0] == norm_slot.module.num_features
     )

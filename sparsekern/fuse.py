@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .chain import Links, Slot, is_hooked, slots, trace
-from .fold import FoldedNorm, find_folds, training_part, with_parameters
+from .fold import find_folds, stand_in, strange_norms, training_part, with_parameters
 from .measure.structure import forward_call, output_error, tensors_of
 from .ops._library import activate
+from .snapshot import undisturbed
 
 FUSABLE = ("relu", "relu6", "gelu", "gelu_tanh")
 TRAINABLE = ("relu", "relu6")  # the gradients of GELU would compute the layer once more
@@ -65,11 +66,13 @@ class Folds:
     Attributes:
         names: Names of the normalisations.
         reason: Why none were looked for, or an empty string.
+        strange: Names of normalisations of classes that compute something else, too.
         model_ms: Median time of the folded dense model, None until it was timed.
     """
 
     names: list[str] = field(default_factory=list)
     reason: str = ""
+    strange: list[str] = field(default_factory=list)
     model_ms: float | None = None
     swaps: list[_Swap] = field(default_factory=list)
 
@@ -80,14 +83,14 @@ class Folds:
         if training is not None:
             what = f"{training!r}" if training else "the model"
             return cls(reason=f"nothing folded or fused: {what} is in training mode")
-        self = cls()
+        self = cls(strange=strange_norms(model))
         with _observing():
             folds = find_folds(model, inputs)
         for layer, norm, weight, bias in folds:
             twin = with_parameters(layer, weight, bias)
             self.swaps += [_Swap(s, twin) for s in slots(model, lambda m, x=layer: m is x)]
             places = slots(model, lambda m, x=norm: m is x)
-            self.swaps += [_Swap(slot, FoldedNorm().eval()) for slot in places]
+            self.swaps += [_Swap(slot, stand_in(norm)) for slot in places]
             self.names += [slot.name for slot in places]
         return self
 
@@ -202,23 +205,9 @@ def check_agreement(want, got, dtype: torch.dtype) -> float | None:
     return error
 
 
-@contextmanager
-def undisturbed(model: nn.Module):
-    """Buffers (batch statistics of a model in training mode) and random numbers come back."""
-    training = (m for m in model.modules() if m.training)
-    buffers = [b for m in training for b in m.buffers(recurse=False)]
-    before = [(b, b.clone()) for b in buffers if not b.is_meta and not b.is_inference()]
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        with torch.no_grad():
-            for buffer, values in before:
-                buffer.copy_(values)
-
-
-def run_once(model: nn.Module, inputs):
-    """Outputs of a run; random numbers it draws are the same each time, and given back."""
+def run_once(model: nn.Module, inputs, seeded: bool):
+    """Outputs of a run. `seeded`: the random numbers it draws are the same each time."""
     with undisturbed(model), torch.inference_mode():
-        torch.manual_seed(0)
+        if seeded:
+            torch.manual_seed(0)
         return forward_call(model, inputs)()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
 from .graph_leaf import GraphLeaf, Proxy
+from .onnx_export import refuse_export
 from .patterns import NM, detect, parse
 from .prune.targets import is_conv1d_of_transformers
 from .weight_base import SparseWeight
@@ -80,6 +81,11 @@ class _SparseLayer(GraphLeaf):
     def pattern(self) -> str:
         """The pattern of the nonzeros."""
         return self.weight.pattern
+
+    def _slow_forward(self, *args, **kwargs):
+        """What nn.Module calls instead of `forward` while TorchScript traces."""
+        refuse_export(type(self).__name__)
+        return super()._slow_forward(*args, **kwargs)
 
     def prepare_training(self):
         """Make what the backward pass needs once, ahead of the first step; returns the layer."""

@@ -95,15 +95,19 @@ def faster_in_parts(model: nn.Module, inputs, budget_s: float) -> tuple[InParts 
     if not images or len(given[0]) < 2 or is_hooked(model):
         return None, 1.0
     sizes = [size for size in SIZES if size < len(given[0])]
+    whole = forward_call(model, inputs)
+    ways = [InParts(model, size) for size in sizes]
+    calls = [forward_call(way, inputs) for way in ways]
     with torch.inference_mode():
-        whole = forward_call(model, inputs)
-        ways = [InParts(model, size) for size in sizes]
-        calls = [forward_call(way, inputs) for way in ways]
         if not _agree(whole, calls[0], len(given[0])):
             return None, 1.0
         times = interleaved([whole, *calls], budget_s=budget_s, min_rounds=5)
     best = min(range(len(ways)), key=lambda i: times[i + 1].median_ms)
     gain = speedup(times[0], times[best + 1]).median
+    if gain >= MIN_GAIN:  # the best of several is also the luckiest: once more, in the other way
+        with torch.no_grad():
+            again = interleaved([whole, calls[best]], budget_s=budget_s / 2, min_rounds=5)
+        gain = min(gain, speedup(*again).median)
     return (ways[best], gain) if gain >= MIN_GAIN else (None, gain)
 
 

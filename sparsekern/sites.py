@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.nn.utils import parametrize
 
 from ._load import _C
@@ -14,6 +16,7 @@ from .nn import SparseConv2d, SparseLinear
 from .prune.slots import mask_beside
 from .prune.targets import is_conv1d_of_transformers
 
+WANTED = "nn.Linear, nn.Conv2d and transformers' Conv1D"
 # The parent reads `child.weight` itself instead of calling the child.
 READS_WEIGHT = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -115,7 +118,10 @@ def _obstacle(site: Site, owners) -> str:
         return "it has hooks or a patched forward, which a new layer would lose"
     for parent, _ in site.places:
         if isinstance(parent, READS_WEIGHT):
-            return f"its parent {type(parent).__name__} reads the weight directly"
+            return (
+                f"its parent {type(parent).__name__} reads the weight itself and does not call the "
+                "layer"
+            )
     tied = [m for m in owners.get(id(module.weight), []) if m is not module]
     strangers = sorted({type(m).__name__ for m in tied if kind_of(m) != kind})
     if strangers:
@@ -125,6 +131,70 @@ def _obstacle(site: Site, owners) -> str:
     if module.weight.device.type == "cpu" and _C is None:
         return "the CPU kernels are not compiled, see `sparsekern doctor`"
     return device_obstacle(module.weight)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A weight that no layer of a kind that can become sparse holds.
+
+    Attributes:
+        name: Name of the parameter in the model.
+        kind: Class of the module that holds it.
+        shape: Its shape.
+        reason: Why it was not looked at.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+def find_left_out(model: nn.Module) -> list[LeftOut]:
+    """Every parameter of two dimensions and more outside of layers that are or can be sparse."""
+    inside = {id(site.module) for site in (*find_sites(model), *find_sparse(model))}
+    seen = {
+        id(p)
+        for m in model.modules()
+        if id(m) in inside
+        for p in m.parameters()
+    }  # fmt: skip
+    found = []
+    for name, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is None or id(parameter) in seen or _dimensions(parameter) < 2:
+                continue
+            seen.add(id(parameter))
+            kind, path = type(module).__name__, f"{name}.{attribute}" if name else attribute
+            found.append(LeftOut(path, kind, tuple(parameter.shape), _why_left_out(module)))
+    return found
+
+
+def _dimensions(parameter: Tensor) -> int:
+    return 0 if isinstance(parameter, UninitializedTensorMixin) else parameter.dim()
+
+
+def _why_left_out(module: nn.Module) -> str:
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "rows are looked up, not multiplied"
+    if isinstance(module, nn.MultiheadAttention):
+        return "the attention multiplies it itself"
+    if type(module).__module__.startswith("torch.nn."):
+        return "no sparse layer of this kind"
+    return "a parameter of a module of its own kind"
+
+
+def what_is_there(model: nn.Module) -> str:
+    """What a model without a dense layer that can become sparse holds instead, in a few words."""
+    sparse = len(find_sparse(model))
+    if sparse:
+        return f"one with {sparse} layers that are sparse already"
+    left_out = find_left_out(model)
+    if not left_out:
+        return "one with none"
+    kinds = Counter(weight.kind for weight in left_out)
+    weights = ", ".join(f"{count} of {kind}" for kind, count in kinds.items())
+    return f"one with none, only weights without a sparse layer: {weights} (there are for {WANTED})"
 
 
 def group_tied(sites: list[Site]) -> list[list[Site]]:

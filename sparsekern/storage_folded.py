@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .fold import FITTING, NORMS, FoldedNorm
+from .fold import FITTING, NORMS, FoldedNorm, FoldedNormAct, stand_in
 from .nn import SparseConv2d, SparseLinear
 
 LAYERS = (*FITTING, SparseLinear, SparseConv2d)
@@ -17,7 +17,7 @@ LAYERS = (*FITTING, SparseLinear, SparseConv2d)
 def folded_names(model: nn.Module) -> list[str]:
     """Every name of every normalisation that was folded."""
     modules = model.named_modules(remove_duplicate=False)
-    return [name for name, module in modules if isinstance(module, FoldedNorm)]
+    return [name for name, module in modules if isinstance(module, (FoldedNorm, FoldedNormAct))]
 
 
 def check_folded(names) -> list[str]:
@@ -49,7 +49,7 @@ def folded_like(model: nn.Module, names: list[str], stored) -> Iterator[None]:
     for name in names:
         parent, _, attribute = name.rpartition(".")
         if isinstance(modules.get(name), NORMS) and parent in modules:
-            put(modules[parent]._modules, attribute, FoldedNorm().train(modules[name].training))
+            put(modules[parent]._modules, attribute, stand_in(modules[name]))
     for key in stored if undo else ():
         name, _, attribute = key.rpartition(".")
         layer = modules.get(name)

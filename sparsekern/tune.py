@@ -1,18 +1,14 @@
-"""Times a layer dense against sparse, and remembers the result per device."""
+"""Times a layer dense against sparse, and names what a time holds for."""
 
 from __future__ import annotations
 
 import copy
 import importlib.metadata
 import itertools
-import json
-import os
 import platform
-import tempfile
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +19,12 @@ from .measure.hardware import hardware
 from .measure.timer import interleaved
 from .ops.own_cuda import build_fault
 
-CACHE_VERSION = 1
 MIN_GAIN = 1.05  # sparse must win by 5 % to be taken
+# The ways people call a model for inference. They differ by what the host does around a kernel.
+WAYS = ("inference_mode", "no_grad", "gradients")
+# What a sparse layer may lose against a dense one in another way of calling, by each call: time of
+# the host, and part of its own time for what it keeps for gradients, up to a limit.
+HOST_MS, KEEPING, KEEPING_MS = 0.1, 0.5, 2.0
 # Of the largest output. Kernels meet new cards and libraries on the user's machine; an error beyond
 # this is no rounding, not even that of bfloat16.
 WRONG = 0.05
@@ -53,30 +53,57 @@ class InputSpec:
     def make(self, device) -> Tensor:
         """Random tensor of this spec; the global random numbers are not touched."""
         generator = torch.Generator(device).manual_seed(0)
-        x = torch.randn(self.shape, device=device, generator=generator).to(self.dtype)
+        with torch.inference_mode(False):  # the caller's mode; a gradient may be wanted of it
+            x = torch.randn(self.shape, device=device, generator=generator).to(self.dtype)
         return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+
+def is_close(dense_ms: float, sparse_ms: float, least: float, calls: int) -> bool:
+    """Whether a gain of at least `least` in one way of calling may be less in another one.
+
+    Args:
+        dense_ms: Time of all calls.
+        sparse_ms: The same, sparse.
+        least: Gain that is asked for; what gains less has lost already.
+        calls: How many calls of a layer that is.
+    """
+    wins_by = dense_ms - least * sparse_ms
+    may_lose = HOST_MS * calls + min(KEEPING * sparse_ms, KEEPING_MS * calls)
+    return 0 <= wins_by < may_lose
+
+
+@contextmanager
+def called(way: str) -> Iterator[None]:
+    """Call modules in one of the `WAYS`, or in that of `training`, whatever the caller's is."""
+    recorded = way in ("gradients", "training")
+    with torch.inference_mode(way == "inference_mode"), torch.set_grad_enabled(recorded):
+        yield
 
 
 def time_layer(
     dense: nn.Module,
     sparse: nn.Module,
     spec: InputSpec,
-    training: bool,
+    way: str,
     budget_s: float,
     cold_bytes: int = 0,
     cuda_graphs: bool = False,
 ):
-    """Milliseconds of one call, (dense, sparse), interleaved; with both gradients when training.
+    """Milliseconds of one call, (dense, sparse), interleaved.
 
-    On a GPU by its own clock, so that waiting for it is not counted. For inference copies of each
-    layer take turns until their weights reach `cold_bytes`, to be read from memory every time. With
-    `cuda_graphs` they are replayed from one, and launches cost nothing.
+    `way` is one of the `WAYS`, or `training` for the forward pass and both gradients. With
+    gradients on, the input needs them, too, as behind another layer. On a GPU by its own clock, so
+    that waiting for it is not counted. For inference copies of each layer take turns until their
+    weights reach `cold_bytes`, to be read from memory every time. With `cuda_graphs` they are
+    replayed from one, and launches cost nothing.
     """
     device = next(dense.parameters()).device
     x = spec.make(device)
-    if training:
+    if way == "training":
         calls = [training_call(layer, x) for layer in (dense, sparse)]
     else:
+        if way == "gradients" and next(dense.parameters()).requires_grad:
+            x.requires_grad_()
         copies = [_copies(layer, cold_bytes) for layer in (dense, sparse)]
         calls = [inference_call(layers, x) for layers in copies]
     per_call = [1, 1]
@@ -84,7 +111,9 @@ def time_layer(
         per_call = [len(layers) for layers in copies]
         graphs = [capture([call] * count, device) for call, count in zip(calls, per_call)]
         calls = [graph.replay for graph in graphs]
-    timings = interleaved(calls, budget_s=budget_s, device=device, on_device=device.type == "cuda")
+    on_device = device.type == "cuda"
+    with called(way):
+        timings = interleaved(calls, budget_s=budget_s, device=device, on_device=on_device)
     return tuple(t.median_ms / count for t, count in zip(timings, per_call))
 
 
@@ -96,21 +125,17 @@ def _copies(layer: nn.Module, cold_bytes: int) -> list[nn.Module]:
 
 
 def inference_call(layers: list[nn.Module], x: Tensor) -> Callable[[], object]:
-    """The forward pass of layers in turn, ready to be timed."""
+    """The forward pass of layers in turn, ready to be timed in one of the `WAYS`."""
     turns = itertools.cycle(layers)
-
-    def call():
-        with torch.inference_mode():
-            return next(turns)(x)
-
-    return call
+    return lambda: next(turns)(x)
 
 
 def training_call(layer: nn.Module, x: Tensor) -> Callable[[], object]:
     """Forward pass and the gradients of input and parameters, ready to be timed."""
-    leaf = x.clone().requires_grad_()
-    parameters = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
-    grad = torch.ones_like(layer(leaf).detach())
+    with called("training"):
+        leaf = x.clone().requires_grad_()
+        parameters = [leaf, *(p for p in layer.parameters() if p.requires_grad)]
+        grad = torch.ones_like(layer(leaf).detach())
 
     def call():
         with torch.enable_grad():
@@ -135,12 +160,6 @@ def output_error(dense: nn.Module, sparse: nn.Module, spec: InputSpec, device) -
     if not error <= WRONG * largest:
         raise WrongResult(f"its result is off by {error:.1e} where the largest is {largest:.1e}")
     return error
-
-
-def cache_folder() -> Path:
-    """The user's cache folder: $XDG_CACHE_HOME/sparsekern or ~/.cache/sparsekern."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "sparsekern"
 
 
 def device_key(device: torch.device) -> str:
@@ -169,71 +188,6 @@ def package_version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "none"
-
-
-class TuningCache:
-    """Timings on disk, one JSON file: {version, devices: {device: {layer: [dense_ms, sparse_ms]}}}.
-
-    A file that cannot be read is ignored with a warning; one that cannot be written costs nothing
-    but the next conversion's time, and is said once. With `on_disk` off timings are shared by the
-    layers of one conversion only.
-    """
-
-    def __init__(self, device: torch.device, on_disk: bool = True):
-        self.path = cache_folder() / "tuning.json"
-        self.on_disk = on_disk
-        self.key = device_key(device)
-        self.entries: dict[str, list[float]] = self._read().get(self.key, {}) if on_disk else {}
-        self._changed = False
-
-    def get(self, layer: str) -> tuple[float, float] | None:
-        """Dense and sparse milliseconds, None when unknown."""
-        found = self.entries.get(layer)
-        return (found[0], found[1]) if found else None
-
-    def put(self, layer: str, dense_ms: float, sparse_ms: float) -> None:
-        """Remember a timing; written by `save`."""
-        self.entries[layer] = [dense_ms, sparse_ms]
-        self._changed = True
-
-    def save(self) -> None:
-        """Merge into the file, atomically."""
-        if not (self._changed and self.on_disk):
-            return
-        devices = self._read()
-        devices[self.key] = {**devices.get(self.key, {}), **self.entries}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=self.path.parent, suffix=".tmp", delete=False
-            ) as file:
-                json.dump({"version": CACHE_VERSION, "devices": devices}, file)
-            os.replace(file.name, self.path)
-        except OSError as error:
-            warnings.warn(
-                f"sparsekern: tuning results were not kept, cannot write {self.path}: {error}",
-                stacklevel=2,
-            )
-
-    def _read(self) -> dict:
-        try:
-            data = json.loads(self.path.read_text())
-            if data["version"] != CACHE_VERSION:
-                return {}
-            devices = data["devices"]
-            for entries in devices.values():
-                for times in entries.values():
-                    if len(times) != 2 or not all(t > 0 for t in times):
-                        raise ValueError(f"bad timing {times}")
-            return devices
-        except (FileNotFoundError, NotADirectoryError):
-            return {}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            warnings.warn(
-                f"sparsekern: ignoring the tuning cache {self.path}, it cannot be read: {error!r}",
-                stacklevel=2,
-            )
-            return {}
 
 
 def layer_key(layer: nn.Module, spec: InputSpec, how: str) -> str:

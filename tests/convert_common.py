@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from sparsekern import convert
+from sparsekern import choose, convert
 
 
 def sparsified(module, sparsity=0.95):
@@ -22,7 +22,7 @@ def wide(sparsity=0.95):
 
 def forced(monkeypatch, dense_ms=2.0, sparse_ms=1.0, model=None):
     """Decide by given times instead of the clock, so that the rest can be tested exactly."""
-    monkeypatch.setattr(convert, "time_layer", lambda *a: (dense_ms, sparse_ms))
+    monkeypatch.setattr(choose, "time_layer", lambda *a: (dense_ms, sparse_ms))
     monkeypatch.setattr(convert, "time_model", model or (lambda *a: (2.0, 1.0, 2.0)))
 
 

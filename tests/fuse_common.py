@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern import convert
+from sparsekern import choose, convert
 
 
 def prepared(model, sparsity=0.9, dtype=torch.float32):
@@ -47,7 +47,7 @@ def forced(monkeypatch, sparse=lambda layer: True, whole=2.0):
         layer = dense[0] if isinstance(dense, nn.Sequential) else dense
         return (2.0, 1.0) if sparse(layer) else (1.0, 2.0)
 
-    monkeypatch.setattr(convert, "time_layer", time_layer)
+    monkeypatch.setattr(choose, "time_layer", time_layer)
     monkeypatch.setattr(convert, "time_model", lambda *a: (whole, 1.0, whole))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune as torch_prune
 
 import sparsekern as sk
-from sparsekern import convert
+from sparsekern import choose, convert
 
 
 def test_converts_what_wins_and_keeps_the_outputs(one_thread):
@@ -37,10 +37,8 @@ def test_tries_every_format_that_fits(one_thread, monkeypatch, pattern, formats,
     sparsity = None if pattern == "2:4" else 0.95
     model = nn.Sequential(sk.SparseLinear(512, 512, pattern=pattern, sparsity=sparsity).to_dense())
     tried = []
-    keep = convert._try_format
-    monkeypatch.setattr(
-        convert, "_try_format", lambda *args: (tried.append(args[2]), keep(*args))[1]
-    )
+    keep = choose.try_format
+    monkeypatch.setattr(choose, "try_format", lambda *args: (tried.append(args[2]), keep(*args))[1])
     x = torch.randn(256, 512)
     want = model(x)
     sk.convert_to_sparse(model, x, mode=mode)

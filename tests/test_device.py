@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import sparsekern as sk
-from sparsekern import convert, device, tune
+from sparsekern import choose, device, tune
 from sparsekern.candidate import Candidate
 from sparsekern.measure import timer
 from sparsekern.ops import block_cuda
@@ -77,7 +77,7 @@ def test_faults_come_from_the_ops(name, monkeypatch):
 
 
 def test_a_layer_whose_formats_have_no_kernel_stays_dense(monkeypatch):
-    monkeypatch.setattr(convert, "format_fault", lambda name, *a: f"{name}: not on this card")
+    monkeypatch.setattr(choose, "format_fault", lambda name, *a: f"{name}: not on this card")
     model = sk.convert_to_sparse(pruned(), torch.randn(4, 64))
     (row,) = sk.report(model).layers
     assert row.format == "dense" and row.reason == "csr: not on this card"
@@ -162,7 +162,7 @@ def pruned():
 
 
 def test_a_wrong_result_keeps_the_layer_dense(monkeypatch):
-    monkeypatch.setattr(convert, "time_layer", lambda *a: (2.0, 1.0))
+    monkeypatch.setattr(choose, "time_layer", lambda *a: (2.0, 1.0))
     monkeypatch.setattr(sk.SparseLinear, "forward", lambda self, x: x.new_full((4, 64), 9.0))
     model = sk.convert_to_sparse(pruned(), torch.randn(4, 64))
     (row,) = sk.report(model).layers
@@ -174,19 +174,19 @@ def test_a_format_that_fails_on_a_gpu_is_named_and_skipped(monkeypatch):
     def refuse(*arguments):
         raise RuntimeError("csr_plan: cuSPARSE 11 is too old\nmore")
 
-    monkeypatch.setattr(convert, "_build", refuse)
+    monkeypatch.setattr(choose, "build", refuse)
     site = SimpleNamespace(module=SimpleNamespace(weight=on("cuda")))
-    said = convert._try_format(None, Candidate([site]), "csr")
+    said = choose.try_format(None, Candidate([site]), "csr")
     assert said == "csr does not run here: csr_plan: cuSPARSE 11 is too old"
     site.module.weight = on("cpu")
     with pytest.raises(RuntimeError, match="too old"):
-        convert._try_format(None, Candidate([site]), "csr")
+        choose.try_format(None, Candidate([site]), "csr")
 
 
 def test_without_inputs_nothing_becomes_sparse_on_a_gpu():
     module = SimpleNamespace(weight=on("cuda:0"), _parameters={})
     site = SimpleNamespace(module=module, obstacle="", weight=torch.eye(8), kind="Linear")
     candidate = Candidate([site], sparsity=0.9)
-    convert._decide(SimpleNamespace(specs=None, mode="inference"), candidate)
+    choose.decide(SimpleNamespace(specs=None, mode="inference"), candidate)
     assert not candidate.take
     assert candidate.reason == "not timed: pass example_inputs, no threshold is known for cuda:0"

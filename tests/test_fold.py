@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from fuse_common import forced, fused, prepared
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
@@ -194,3 +195,69 @@ def test_weights_in_one_storage():
 
 def test_part_of_a_weight_read_elsewhere():
     unchanged(settled(Pair(lambda m, x: m.norm(m.fc(x)) + m.fc.weight[3])), torch.randn(6, 6))
+
+
+class NormAct(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d: a normalisation with an activation inside."""
+
+    def __init__(self, channels, act):
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), act
+
+    def forward(self, x):
+        options = self.running_mean, self.running_var, self.weight, self.bias, self.training
+        x = nn.functional.batch_norm(x, *options, self.momentum, self.eps)
+        return self.act(self.drop(x))
+
+
+class Odd(nn.BatchNorm2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Renamed(nn.BatchNorm2d):
+    """Another name, nothing else."""
+
+
+def with_norm(norm):
+    return prepared(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), norm, nn.Conv2d(8, 4, 1)), 0.5)
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(inplace=True), nn.SiLU(), nn.Identity(), nn.GELU()])
+def test_a_normalisation_with_an_activation_inside_folds(act):
+    model, x = with_norm(NormAct(8, act)), torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        want = model(x)
+        assert sk.fold_batchnorm(model, x) == ["1"]
+        torch.testing.assert_close(model(x), want)
+    assert model[1].act is act and not list(model[1].parameters())
+
+
+def test_its_activation_is_fused_and_comes_back(monkeypatch, tmp_path):
+    forced(monkeypatch)
+    model, x = with_norm(NormAct(8, nn.ReLU())), torch.randn(2, 3, 9, 9)
+    fresh = copy.deepcopy(model)
+    with torch.no_grad():
+        want = model(x)
+        report = fused(model, x)
+        assert report.folded == ["1"] and report.fused == ["1.act"]
+        assert model[0].activation == "relu"
+        sk.save(model, tmp_path / "model.safetensors")
+        sk.load(fresh, tmp_path / "model.safetensors")
+        torch.testing.assert_close(fresh(x), want)
+        sk.to_dense(model)
+        torch.testing.assert_close(model(x), want)
+    assert type(model[1].act) is nn.ReLU
+
+
+def test_a_class_that_only_has_another_name_folds():
+    model, x = with_norm(Renamed(8)), torch.randn(2, 3, 9, 9)
+    assert sk.fold_batchnorm(model, x) == ["1"] and isinstance(model[1], nn.Identity)
+
+
+def test_a_normalisation_that_computes_something_else_is_named(monkeypatch):
+    forced(monkeypatch)
+    model, x = with_norm(Odd(8)), torch.randn(2, 3, 9, 9)
+    report = fused(model, x)
+    assert report.folded == [] and isinstance(model[1], Odd)
+    assert report.notes == ["not folded, as they compute more than a normalisation: 1"]

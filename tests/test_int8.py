@@ -13,7 +13,7 @@ from samples import csr_of, random_weight
 from torch import nn
 
 import sparsekern as sk
-from sparsekern import convert
+from sparsekern import choose
 from sparsekern._load import _C
 from sparsekern.measure.memory import weight_bytes
 from sparsekern.ops.csr import csr_plan
@@ -129,7 +129,7 @@ def test_quantize_reports_bytes_and_errors():
 
 
 def test_the_report_of_a_conversion_names_int8(monkeypatch):
-    monkeypatch.setattr(convert, "HEURISTIC", {"Linear": 0.5})
+    monkeypatch.setattr(choose, "HEURISTIC", {"Linear": 0.5})
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64)).eval()
     for layer, pattern in zip(model, ("unstructured", "block:16x16"), strict=False):
         sk.prune(layer, method="magnitude", sparsity=0.75, pattern=pattern)

@@ -30,9 +30,12 @@ class Net(nn.Module):
 @pytest.fixture
 def clock(monkeypatch):
     """Times by the clock's order: parts of 1 take 5 ms, of 2 take 3, whole batches 4."""
+    whole = []
 
     def interleaved(calls, **_):
-        times = [4.0, 5.0, 3.0, 6.0][: len(calls)]
+        again = calls[0] in whole  # the best one, timed once more
+        times = [4.0, 3.0] if again else [4.0, 5.0, 3.0, 6.0][: len(calls)]
+        whole.append(calls[0])
         return [Timing.from_samples([t] * 3, 1) for t in times]
 
     monkeypatch.setattr(parts, "interleaved", interleaved)

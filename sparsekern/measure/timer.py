@@ -8,6 +8,7 @@ order, sample by sample, does not.
 from __future__ import annotations
 
 import gc
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -185,12 +186,23 @@ def _device_sample(fn: Callable[[], object], calls: int, device) -> float:
     return start.elapsed_time(end) * 1e-3 / calls
 
 
+_COLLECTION = threading.Lock()
+_timing = 0  # how many threads are; garbage is collected again when the last one is done
+_was_on = True
+
+
 @contextmanager
 def _no_gc():
-    was_on = gc.isenabled()
-    gc.disable()
+    global _timing, _was_on
+    with _COLLECTION:
+        if not _timing:
+            _was_on = gc.isenabled()
+            gc.disable()
+        _timing += 1
     try:
         yield
     finally:
-        if was_on:
-            gc.enable()
+        with _COLLECTION:
+            _timing -= 1
+            if not _timing and _was_on:
+                gc.enable()

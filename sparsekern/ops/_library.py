@@ -7,6 +7,7 @@ import torch
 from torch.library import Library
 
 from .. import _load as _load  # loads the compiled kernels, which register themselves
+from ..onnx_export import no_export
 from ._checks import check_arguments
 from ._geometry import need
 from .cuda_support import state_once
@@ -53,7 +54,9 @@ def define(schema: str, reference, fake):
     stating = _stating(name, _named_errors(name, pad_first(name, reference)))
     REFERENCES[name] = plain = _checked(op, stating)
     _FALLBACK.impl(name, without_views(plain))
-    torch.library.register_fake(f"sparsekern::{name}", _checked(op, fake), lib=LIBRARY)
+    torch.library.register_fake(
+        f"sparsekern::{name}", no_export(name, _checked(op, fake)), lib=LIBRARY
+    )
     return op
 
 
