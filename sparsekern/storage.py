@@ -11,6 +11,9 @@ every device and ISA.
 
 import json
 import os
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,8 +22,9 @@ from torch import Tensor, nn
 
 from .storage_build import Builder, activations_of
 from .storage_codec import encode, pack_dense
-from .storage_fit import Fitter, Target, refuse_targets, targets_of
+from .storage_fit import Content, Fitter, is_transposed, refuse_targets, targets_of
 from .storage_folded import folded_like, folded_names
+from .storage_parts import given, join
 from .storage_read import HEADER_KEY, VERSION, StoredFile, key_of, opened
 from .storage_write import replacing
 from .weight_base import SparseWeight, overwrite
@@ -76,9 +80,9 @@ def save(model: nn.Module, path: str | os.PathLike) -> Path:
 
 
 def load(
-    model: nn.Module, path: str | os.PathLike, strict: bool = True, dense: bool = False
+    model: nn.Module, path: str | os.PathLike | Mapping, strict: bool = True, dense: bool = False
 ) -> LoadedKeys:
-    """Fill a model from a safetensors file; all or nothing.
+    """Fill a model from a safetensors file or a state_dict; all or nothing.
 
     Layers become what they are in the file: where it has the weight of a sparse layer and the model
     a dense linear or convolution layer, a sparse one takes its place, without timing anything. With
@@ -97,7 +101,8 @@ def load(
 
     Args:
         model: A module with the layers of the saved one; changed in place.
-        path: A file `save` wrote, or any safetensors file of a state_dict.
+        path: A file `save` wrote, any safetensors file of a state_dict, or a state_dict. Of the
+            sparse layers of a state_dict dense models take those of format csr and block.
         strict: Whether names that only one side has are an error.
         dense: Whether dense layers stay dense.
 
@@ -111,9 +116,10 @@ def load(
         RuntimeError: Names or shapes do not match, as from `nn.Module.load_state_dict`.
     """
     _check_module("load", model)
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"load: expected a path, got {type(path).__name__}")
-    with opened(Path(path)) as stored:
+    if not isinstance(path, str | os.PathLike | Mapping):
+        raise TypeError(f"load: expected a path or a state_dict, got {type(path).__name__}")
+    source = nullcontext(given(path)) if isinstance(path, Mapping) else opened(Path(path))
+    with source as stored:
         with folded_like(model, stored.folded, stored.entries):
             return _fill(model, stored, strict, dense)
 
@@ -121,7 +127,7 @@ def load(
 def _fill(model: nn.Module, stored: StoredFile, strict: bool, dense: bool) -> LoadedKeys:
     targets = targets_of(model)
     refuse_targets(stored.path, targets)
-    stored.join_pruned([name for name in targets if name not in stored.aliases], targets)
+    join(stored, targets, partial(is_transposed, model))
     fitter = Fitter(model, stored, targets)
     keys = LoadedKeys(
         [name for name in targets if name not in fitter.matched] + _only_on_meta(model, targets),
@@ -204,7 +210,7 @@ def _refuse_mismatches(model, stored, fitter: Fitter, keys: LoadedKeys | None) -
 
 
 @torch.no_grad()
-def _write(model: nn.Module, fitter: Fitter, ready: dict[str, Target]) -> None:
+def _write(model: nn.Module, fitter: Fitter, ready: dict[str, Content]) -> None:
     """Put checked contents into the model, one dense tensor at a time."""
     targets = fitter.targets
     for alias, name in fitter.stored.aliases.items():
@@ -217,7 +223,7 @@ def _write(model: nn.Module, fitter: Fitter, ready: dict[str, Target]) -> None:
             continue
         content = fitter.dense(name, content)
         if target.is_meta:
-            _replace(model, targets, target, content.to(target.dtype, copy=True))
+            _replace(model, targets, target, content.to("cpu", target.dtype, copy=True))
         else:
             overwrite(target, content)
 

@@ -105,7 +105,9 @@ class Builder:
 def _can_be_sparse(site: Site) -> bool:
     if site.obstacle != ON_META:
         return not site.obstacle
-    return not device_obstacle(torch.empty(0, dtype=site.module.weight.dtype))  # it comes to the CPU
+    return not device_obstacle(
+        torch.empty(0, dtype=site.module.weight.dtype)
+    )  # it comes to the CPU
 
 
 def _fits(by_name, kinds: dict[str, str], places: dict[str, Slot]) -> Callable:

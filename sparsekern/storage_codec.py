@@ -13,6 +13,7 @@ weight as in `mask`, set for negative zeros.
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -136,21 +137,52 @@ def pack_dense(tensor: Tensor) -> tuple[dict, dict[str, Tensor]] | None:
     return {"shape": list(tensor.shape), "encoding": encoding}, parts
 
 
-def unpack_dense(header: dict, parts: dict[str, Tensor]) -> Tensor:
-    """The dense tensor that `pack_dense` took, bit for bit.
+@dataclass(frozen=True)
+class Packed:
+    """A dense tensor as `pack_dense` gives it, checked.
+
+    Attributes:
+        values, crow, col: Its nonzeros as CSR of the tensor as a matrix of `shape[0]` rows.
+        negative: Where its negative zeros are, packed bits, or None.
+        shape: Of the tensor.
+    """
+
+    values: Tensor
+    crow: Tensor
+    col: Tensor
+    negative: Tensor | None
+    shape: torch.Size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tensor."""
+        return self.values.dtype
+
+    def to_dense(self) -> Tensor:
+        """The tensor, bit for bit."""
+        rows, cols = self.shape[0], self.shape[1:].numel()
+        bits = torch.zeros(rows, cols, dtype=_BITS[self.values.itemsize])
+        signs = () if self.negative is None else _set_bits(self.negative, "signs", rows * cols)
+        for at in signs:
+            bits.view(-1)[torch.from_numpy(at)] = torch.iinfo(bits.dtype).min
+        bits[row_of_each(self.crow), self.col.long()] = self.values.view(bits.dtype)
+        return bits.view(self.dtype).view(self.shape)
+
+
+def unpack(header: dict, parts: dict[str, Tensor]) -> Packed:
+    """The tensor that `pack_dense` took, without dense memory yet.
 
     Raises:
         ValueError: As `decode`.
     """
-    values, shape = parts["values"], header["shape"]
-    rows, cols = shape[0], torch.Size(shape[1:]).numel()
+    values, shape = parts["values"], torch.Size(header["shape"])
+    rows, cols = shape[0], shape[1:].numel()
     crow, col = _positions(parts, [rows, cols])
     check_csr(values, crow, col, (rows, cols))
-    bits = torch.zeros(rows, cols, dtype=_BITS[values.itemsize])
-    for at in _set_bits(parts["signs"], "signs", rows * cols) if "signs" in parts else ():
-        bits.view(-1)[torch.from_numpy(at)] = torch.iinfo(bits.dtype).min
-    bits[row_of_each(crow), col.long()] = values.view(bits.dtype)
-    return bits.view(values.dtype).view(shape)
+    signs = parts.get("signs")
+    if signs is not None:
+        _check_bits(signs, "signs", rows * cols)
+    return Packed(values, crow, col, signs, shape)
 
 
 def check_header(header) -> None:
@@ -259,12 +291,16 @@ def _from_mask(mask: Tensor, shape: list[int], nnz: int) -> tuple[Tensor, Tensor
 
 def _set_bits(packed: Tensor, name: str, total: int) -> Iterator[np.ndarray]:
     """Where `total` packed bits are 1, int64, rising, a piece at a time."""
+    _check_bits(packed, name, total)
+    for start in range(0, packed.numel(), MASK_PIECE):
+        piece = np.unpackbits(packed[start : start + MASK_PIECE].numpy(), bitorder="little")
+        yield np.flatnonzero(piece) + 8 * start
+
+
+def _check_bits(packed: Tensor, name: str, total: int) -> None:
     wanted = -(-total // 8)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (wanted,):
         got = f"{packed.dtype} of shape {tuple(packed.shape)}"
         raise ValueError(f"expected {name} ({wanted},) of torch.uint8, got {got}")
     if total % 8 and int(packed[-1]) >> total % 8:
         raise ValueError(f"expected the padding bits of {name} to be 0, got 1")
-    for start in range(0, wanted, MASK_PIECE):
-        piece = np.unpackbits(packed[start : start + MASK_PIECE].numpy(), bitorder="little")
-        yield np.flatnonzero(piece) + 8 * start

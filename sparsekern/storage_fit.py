@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .prune.targets import is_conv1d_of_transformers
+from .storage_codec import Packed
+from .storage_parts import Product, target_device
 from .storage_read import StoredFile, key_of
 from .weight_base import HINT, SparseWeight
 from .weights import BlockWeight, NMWeight
 
 Target = Tensor | SparseWeight
+Content = Tensor | SparseWeight | Packed | Product
 
 
 def targets_of(model: nn.Module) -> dict[str, Target]:
@@ -35,10 +40,20 @@ def refuse_targets(path, targets: dict[str, Target]) -> None:
         if not isinstance(values, Tensor):
             got = type(values).__name__
             raise TypeError(f"load: {path}: expected {name!r} to be a tensor, got {got}")
-        sharded, lazy = hasattr(values, "device_mesh"), is_lazy(values)
-        if lazy or sharded or values.layout != torch.strided:
-            got = "a lazy one" if lazy else "a DTensor" if sharded else values.layout
-            raise ValueError(f"load: {path}: expected {name!r} to be a plain tensor, got {got}")
+        if fault := _oddity(values):
+            raise ValueError(f"load: {path}: expected {name!r} to be a plain tensor, got {fault}")
+
+
+def _oddity(values: Tensor) -> str:
+    """What makes a tensor one that cannot be written, or an empty string."""
+    if is_lazy(values):
+        return "a lazy parameter without a shape"
+    if hasattr(values, "device_mesh"):
+        return "a DTensor, of which each rank holds a part"
+    if values.layout != torch.strided:
+        return f"one of layout {values.layout}"
+    repeats = any(n > 1 and step == 0 for n, step in zip(values.shape, values.stride()))
+    return "one that shares memory with itself" if repeats else ""
 
 
 def is_transposed(model: nn.Module, name: str) -> bool:
@@ -63,7 +78,7 @@ class Fitter:
         self.model, self.stored, self.targets = model, stored, targets
         named = {name: stored.aliases.get(name, name) for name in targets}
         self.matched = {name: own for name, own in named.items() if own in stored.entries}
-        self._read: dict[str, Target] = {}
+        self._read: dict[str, Content] = {}
         self._made: dict[tuple, SparseWeight] = {}
 
     def size_faults(self) -> list[str]:
@@ -80,23 +95,22 @@ class Fitter:
                 faults.append(f"size mismatch for {name}: {sizes}.")
         return faults
 
-    def read(self, name: str) -> Target:
+    def read(self, name: str) -> Content:
         """The content for a target as the file has it; its shape was compared before."""
         own = self.matched[name]
         if own not in self._read:
             try:
                 self._read[own] = self.stored.entries[own].read()
-            except (ValueError, RuntimeError) as error:
+            except (ValueError, RuntimeError, TypeError) as error:
                 path = self.stored.path
                 raise ValueError(f"load: {path} is damaged: layer {own!r}: {error}") from error
         return self._read[own]
 
-    def fitted(self, name: str) -> Target:
+    def fitted(self, name: str) -> Content:
         """What goes into a target: for a sparse one a weight `SparseWeight.become` takes."""
         content, target = self.read(name), self.targets[name]
-        real = target.values if isinstance(target, SparseWeight) else target
-        if isinstance(content, Tensor) and content.is_complex() and not real.is_complex():
-            raise self._refused(f"{name!r} to hold {real.dtype}", f"{content.dtype}")
+        if not _can_be_cast(content.dtype, target.dtype):
+            raise self._refused(f"{name!r} as something to hold in {target.dtype}", content.dtype)
         if not isinstance(target, SparseWeight):
             return content
         key = id(target), self.matched[name]
@@ -104,12 +118,11 @@ class Fitter:
             self._made[key] = self._sparse(name, target, content)
         return self._made[key]
 
-    def dense(self, name: str, content: Target) -> Tensor:
+    def dense(self, name: str, content: Content) -> Tensor:
         """The content of a dense target."""
-        if isinstance(content, Tensor):
-            return content
-        dense = content.to_dense()
-        return dense.t() if is_transposed(self.model, name) else dense
+        dense = _dense(content)
+        turned = isinstance(content, SparseWeight) and is_transposed(self.model, name)
+        return dense.t() if turned else dense
 
     def built(self, name: str, groups: int, like: Tensor) -> SparseWeight:
         """The sparse entry as a weight that takes the place of the dense one `like`."""
@@ -130,16 +143,16 @@ class Fitter:
         return self._made[key]
 
     @torch.no_grad()
-    def _sparse(self, name: str, target: SparseWeight, content: Target) -> SparseWeight:
-        device = "cpu" if target.device.type == "meta" else None
+    def _sparse(self, name: str, target: SparseWeight, content: Content) -> SparseWeight:
         try:
             if isinstance(content, SparseWeight):
                 content = self._recast(target, content)
             else:
-                dense = content.t() if is_transposed(self.model, name) else content
+                dense = _dense(content)
+                dense = dense.t() if is_transposed(self.model, name) else dense
                 content = self._gather(name, target, dense)
             parts = {part: getattr(content, part) for part in content.parts}
-            return target.with_parts(parts, content.pattern, device=device)
+            return target.with_parts(parts, content.pattern, device=target_device(target))
         except _NonzerosLost:
             raise
         except (ValueError, RuntimeError) as error:
@@ -188,10 +201,23 @@ class _NonzerosLost(ValueError):
     """A dense weight has more than the positions of a sparse layer can hold."""
 
 
-def _equal(a: Target, b: Target) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a, b)
+def _dense(content: Content) -> Tensor:
+    return content if isinstance(content, Tensor) else content.to_dense()
+
+
+@cache
+def _can_be_cast(there: torch.dtype, here: torch.dtype) -> bool:
+    """Whether `copy_` can do it, as in load_state_dict; imaginary parts are not dropped."""
+    if there.is_complex and not here.is_complex:
+        return False
+    try:
+        torch.zeros(1, dtype=here).copy_(torch.zeros(1, dtype=there))
+    except (RuntimeError, TypeError):
+        return False
+    return True
+
+
+def _equal(a: Content, b: Content) -> bool:
     if isinstance(a, SparseWeight) and isinstance(b, SparseWeight) and a.parts == b.parts:
         return all(torch.equal(getattr(a, n), getattr(b, n)) for n in a.parts)
-    dense = (t.to_dense() if isinstance(t, SparseWeight) else t for t in (a, b))
-    return torch.equal(*dense)
+    return torch.equal(_dense(a), _dense(b))

@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .nn import ACTIVATIONS
-from .storage_codec import PARTS, check_header, check_packed, decode, unpack_dense
+from .storage_codec import PARTS, Packed, check_header, check_packed, decode, unpack
 from .weight_base import SparseWeight
 
 HEADER_KEY = "sparsekern"
@@ -33,12 +33,13 @@ class Entry:
 
     Attributes:
         shape: Of the dense tensor.
-        read: Gives the tensor or the sparse weight, checked; ValueError where that is no such.
+        read: Gives the tensor, the sparse weight, or what has a dtype and a `to_dense` for one;
+            checked, ValueError where that is no such.
         is_sparse: Whether it is the weight of a sparse layer.
     """
 
     shape: tuple[int, ...]
-    read: Callable[[], Tensor | SparseWeight]
+    read: Callable[[], Tensor | SparseWeight | Packed]
     is_sparse: bool = False
 
 
@@ -47,7 +48,7 @@ class StoredFile:
     """A file that is open.
 
     Attributes:
-        path: Where it is.
+        path: Where it is, or what else it is in messages.
         entries: What it holds.
         aliases: Further names of tied entries -> the name of the entry.
         folded: Names of normalisations that are folded.
@@ -55,34 +56,12 @@ class StoredFile:
         fused: Name of an activation that layers compute -> the names of those layers.
     """
 
-    path: Path
+    path: Path | str
     entries: dict[str, Entry] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
     activations: dict[str, str] = field(default_factory=dict)
     fused: dict[str, list[str]] = field(default_factory=dict)
-
-    def join_pruned(self, wanted, present) -> None:
-        """Make one entry `x` of `x_orig` and `x_mask`, as torch.nn.utils.prune names them.
-
-        Args:
-            wanted: Names the model lacks; where `x` is among them, the two become one.
-            present: Names the model has; a model under torch.nn.utils.prune keeps them apart.
-        """
-        for name in wanted:
-            parts = f"{name}_orig", f"{name}_mask"
-            if name in self.entries or any(p not in self.entries or p in present for p in parts):
-                continue
-            original, mask = (self.entries.pop(part) for part in parts)
-            self.entries[name] = Entry(original.shape, lambda a=original, b=mask: _product(a, b))
-
-
-def _product(original: Entry, mask: Entry) -> Tensor:
-    weight, kept = original.read(), mask.read()
-    plain = isinstance(weight, Tensor) and isinstance(kept, Tensor)
-    if not plain or weight.shape != kept.shape or kept.is_complex():
-        raise ValueError("expected weight_orig and weight_mask to be dense and of one shape")
-    return weight * kept.to(weight.dtype)
 
 
 @contextmanager
@@ -191,7 +170,7 @@ def _check_names(what: str, names) -> None:
 def _assemble(tensors: dict[str, Entry], layers: dict, packed: dict) -> dict[str, Entry]:
     """Put the parts of each sparse weight and packed tensor together."""
     entries = dict(tensors)
-    kinds = (layers, check_header, decode, True), (packed, check_packed, unpack_dense, False)
+    kinds = (layers, check_header, decode, True), (packed, check_packed, unpack, False)
     for described, check, decoded, is_sparse in kinds:
         for name, header in described.items():
             try:

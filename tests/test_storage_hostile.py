@@ -58,7 +58,7 @@ HOSTILE = {
     "header no JSON": (lambda t, h: "{", "header is no JSON"),
     "header too deep": (lambda t, h: "[" * 100_000, "header is no JSON"),
     "header a list": (lambda t, h: "[1]", "has no version"),
-    "future version": (put("h", "version", 2), "expected format version 1, got 2"),
+    "future version": (put("h", "version", 3), "expected format version 1 or 2, got 3"),
     "layers a list": (put("h", "layers", []), "no layers or aliases"),
     "alias to nowhere": (put("h", "aliases", {"x": "y"}), "alias 'x' refers to 'y'"),
     "alias of a stored name": (put("h", "aliases", {"bias": "weight"}), "alias 'bias'"),
@@ -71,7 +71,7 @@ HOSTILE = {
     "negative shape": (put("l", "shape", [-20, 200]), "shape of 2 or 4 sizes"),
     "shape of three": (put("l", "shape", [20, 200, 1]), "shape of 2 or 4 sizes"),
     "shape too large": (put("l", "shape", [20, 2**40]), "sizes below"),
-    "more rows than crow": (put("l", "shape", [21, 200]), "crow of 22 entries"),
+    "more rows than crow": (put("l", "shape", [21, 200]), r"size mismatch for weight: \(21, 200\)"),
     "no such part": (put("l", "encoding", "mask"), "it lacks weight.mask"),
     "dense too": (put("t", "weight", torch.zeros(20, 200)), "there twice"),
     "values integer": (put("t", "weight.values", lambda v: v.int()), "floating point"),
@@ -92,7 +92,7 @@ def test_hostile_file_is_refused_and_changes_nothing(tmp_path, case):
     path = hostile(tmp_path, change)
     for model in (SparseLinear(200, 20, sparsity=0.9), nn.Linear(200, 20)):
         before = copy.deepcopy(model)
-        with pytest.raises(ValueError, match=message) as error:
+        with pytest.raises((ValueError, RuntimeError), match=message) as error:
             load(model, path, strict=False)
         assert str(path) in str(error.value)
         assert same_state(model, before)
