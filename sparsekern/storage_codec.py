@@ -190,9 +190,9 @@ def check_header(header) -> None:
     _check_description(header, ("shape", "pattern", "encoding"), ENCODINGS)
     shape, encoding = header["shape"], header["encoding"]
     if len(shape) not in (2, 4):
-        raise ValueError(f"expected a shape of 2 or 4 sizes, got {_short(shape)}")
+        raise ValueError(f"expected a shape of 2 or 4 sizes, got {shortened(shape)}")
     if not isinstance(header["pattern"], str):
-        raise ValueError(f"expected the pattern as a string, got {_short(header['pattern'])}")
+        raise ValueError(f"expected the pattern as a string, got {shortened(header['pattern'])}")
     pattern = parse(header["pattern"])
     if encoding.startswith("nm") and not isinstance(pattern, NM):
         got = repr(header["pattern"])
@@ -209,19 +209,19 @@ def check_packed(header) -> None:
 def _check_description(header, names: tuple[str, ...], encodings) -> None:
     if not isinstance(header, dict) or set(header) != set(names):
         wanted = ", ".join(names)
-        raise ValueError(f"expected a description with {wanted}, got {_short(header)}")
+        raise ValueError(f"expected a description with {wanted}, got {shortened(header)}")
     shape, encoding = header["shape"], header["encoding"]
     sizes_ok = isinstance(shape, list) and all(type(n) is int and 0 <= n for n in shape)
     if not sizes_ok or len(shape) > 16:
-        raise ValueError(f"expected a shape of 2 or 4 sizes, got {_short(shape)}")
+        raise ValueError(f"expected a shape of 2 or 4 sizes, got {shortened(shape)}")
     if max(math.prod(shape[:1]), math.prod(shape[1:])) > INT32_MAX:
-        raise ValueError(f"expected sizes below 2^31, got {_short(shape)}")
+        raise ValueError(f"expected sizes below 2^31, got {shortened(shape)}")
     if not isinstance(encoding, str) or encoding not in encodings:
-        got = _short(encoding)
+        got = shortened(encoding)
         raise ValueError(f"expected encoding one of {', '.join(encodings)}, got {got}")
 
 
-def _short(value) -> str:
+def shortened(value) -> str:
     """What came, not longer than a line."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

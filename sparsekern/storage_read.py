@@ -17,7 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .nn import ACTIVATIONS
-from .storage_codec import PARTS, Packed, check_header, check_packed, decode, unpack
+from .storage_codec import PARTS, Packed, check_header, check_packed, decode, shortened, unpack
 from .weight_base import SparseWeight
 
 HEADER_KEY = "sparsekern"
@@ -152,19 +152,19 @@ def _parse(text: str, tensors: int) -> dict:
     _check_names("folded", found["folded"])
     for key in ("packed", "activations", "fused"):
         if not isinstance(found[key], dict):
-            raise ValueError(f"expected {key} to have names, got {type(found[key]).__name__}")
+            raise ValueError(f"expected {key} by name, got {shortened(found[key])}")
     for name, layers in found["fused"].items():
         _check_names(f"fused {name!r}", layers)
     for name, kind in found["activations"].items():
         if not isinstance(kind, str) or kind not in ACTIVATIONS:
             wanted = ", ".join(ACTIVATIONS)
-            raise ValueError(f"expected activation of {name!r} to be one of {wanted}")
+            raise ValueError(f"expected {name!r} to compute {wanted}, got {shortened(kind)}")
     return found
 
 
 def _check_names(what: str, names) -> None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"expected {what} as a list of names, got {type(names).__name__}")
+        raise ValueError(f"expected {what} as a list of names, got {shortened(names)}")
 
 
 def _assemble(tensors: dict[str, Entry], layers: dict, packed: dict) -> dict[str, Entry]:
@@ -205,7 +205,7 @@ def _reader(decoded: Callable, header: dict, parts: dict[str, Entry]):
 def _check_aliases(aliases: dict, entries: dict[str, Entry]) -> None:
     for alias, name in aliases.items():
         if not isinstance(name, str) or name not in entries or alias in entries:
-            raise ValueError(f"alias {alias!r} refers to {str(name)[:80]!r}")
+            raise ValueError(f"alias {alias!r} refers to {shortened(name)}")
 
 
 def key_of(name: str, part: str) -> str:
