@@ -144,7 +144,7 @@ class SparseWeight(nn.Module):
                 part = parts[name] if assign else _copied(parts[name], device, wanted or own.dtype)
                 setattr(twin, name, _like(own, part if part.is_contiguous() else part.contiguous()))
             twin._settle()
-            for name in ("plan", HINT):
+            for name in ("plan", "plan_t", HINT):
                 setattr(twin, name, getattr(self, name).new_empty(0, device=twin.device))
             twin._make_plans(training=self.plan_t.numel() > 0)
         return twin

@@ -94,7 +94,9 @@ def test_a_format_that_cannot_hold_the_weight(tmp_path):
     save(layer_of("csr"), tmp_path / "m")
     other = layer_of("nm")
     before = {k: v.clone() for k, v in other.state_dict().items()}
-    with pytest.raises(ValueError, match=r"load: .*/m: expected a weight 'weight' that fits format nm"):
+    with pytest.raises(
+        ValueError, match=r"load: .*/m: expected a weight 'weight' that fits format nm"
+    ):
         load(other, tmp_path / "m")
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
 
