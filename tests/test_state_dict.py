@@ -77,7 +77,7 @@ def test_errors_between_dense_and_sparse_say_what_to_do():
     for strict in (True, False):
         with pytest.raises(RuntimeError, match=r"0.weight: .* sk.load\(.* sk.to_dense\("):
             sparse.load_state_dict(dense.state_dict(), strict=strict)
-    with pytest.raises(RuntimeError, match="0.weight.needs_sk_load_or_sk_to_dense"):
+    with pytest.raises(RuntimeError, match=r"0.weight.needs_sk_load_or_sk_to_dense"):
         dense.load_state_dict(sparse.state_dict())
     keys = dense.load_state_dict(sparse.state_dict(), strict=False)
     assert "0.weight.needs_sk_load_or_sk_to_dense" in keys.unexpected_keys
@@ -96,7 +96,7 @@ def test_load_takes_state_dicts(pattern):
     torch.testing.assert_close(module(x), plain(x))
     with pytest.raises(TypeError, match="expected 'epoch' of the state_dict to be a tensor"):
         sk.load(module, {"epoch": 3})
-    with pytest.raises(ValueError, match="load: the state_dict: expected 'weight' .*complex64"):
+    with pytest.raises(ValueError, match=r"load: the state_dict: expected 'weight' .*complex64"):
         sk.load(nn.Linear(2, 2, bias=False), {"weight": torch.ones(2, 2, dtype=torch.complex64)})
 
 

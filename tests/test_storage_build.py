@@ -1,4 +1,4 @@
-"""load builds the sparse layers of a file: in fresh models, on the meta device, with what they compute."""
+"""load builds the sparse layers of a file: in fresh models, on the meta device."""
 
 import json
 
