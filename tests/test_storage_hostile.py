@@ -180,3 +180,38 @@ def test_nm_encoding_needs_an_nm_pattern():
     header, _ = encode(SparseLinear(16, 12, pattern="2:4").weight)
     with pytest.raises(ValueError, match="an N:M pattern with encoding nm, got 'unstructured'"):
         check_header({**header, "pattern": "unstructured"})
+
+
+def test_a_block_larger_than_the_layer(tmp_path):
+    model = SparseLinear(64, 64, sparsity=0.5, pattern="block:4x4")
+    path, before, x = tmp_path / "m", copy.deepcopy(model), torch.randn(40, 64)
+    header = {"shape": [64, 64], "pattern": "block:4x4", "encoding": "block"}
+    tensors = {
+        "bias": torch.zeros(64),
+        "weight.values": torch.empty(0, 2**58, 1),
+        "weight.block_crow": torch.zeros(2, dtype=torch.int32),
+        "weight.block_col": torch.zeros(0, dtype=torch.int32),
+    }
+    text = json.dumps({"version": 2, "layers": {"weight": header}, "aliases": {}})
+    save_file(tensors, path, metadata={"sparsekern": text})
+    with pytest.raises(
+        ValueError, match=r"load: .*/m is damaged: layer 'weight': .*R in \[1, 64\]"
+    ):
+        load(model, path)
+    assert same_state(model, before) and torch.equal(model(x), before(x))
+
+
+def test_a_header_out_of_proportion(tmp_path):
+    text = json.dumps({"version": 2, "layers": {}, "aliases": {}, "folded": ["x"] * 300_000})
+    save_file({"bias": torch.zeros(2)}, tmp_path / "m", metadata={"sparsekern": text})
+    with pytest.raises(ValueError, match=r"header has \d+ bytes, more than"):
+        load(nn.Linear(2, 2), tmp_path / "m")
+
+
+def test_complex_values_do_not_lose_their_imaginary_parts(tmp_path):
+    save_file({"weight": torch.ones(2, 2, dtype=torch.complex64)}, tmp_path / "m")
+    model = nn.Linear(2, 2, bias=False)
+    before = copy.deepcopy(model)
+    with pytest.raises(ValueError, match=r"load: .*/m: expected 'weight' .* got torch.complex64"):
+        load(model, tmp_path / "m")
+    assert same_state(model, before)
