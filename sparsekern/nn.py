@@ -92,6 +92,19 @@ class _SparseLayer(GraphLeaf):
         self.weight.prepare_training()
         return self
 
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        """The bias only where the weight can be loaded, too; the weight, a child, comes after."""
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        fault = self.weight.load_fault(state_dict, f"{prefix}weight.", assign)
+        if fault:
+            error_msgs.append(fault)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def _autocast(self, x: Tensor) -> tuple[Tensor, torch.dtype | None]:
         """Under autocast: input in the dtype of the weight, and the dtype the caller expects.
 

@@ -17,6 +17,7 @@ from .prune.slots import mask_beside
 from .prune.targets import is_conv1d_of_transformers
 
 WANTED = "nn.Linear, nn.Conv2d and transformers' Conv1D"
+ON_META = "its weight is on the meta device"
 # The parent reads `child.weight` itself instead of calling the child.
 READS_WEIGHT = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
@@ -127,7 +128,7 @@ def _obstacle(site: Site, owners) -> str:
     if strangers:
         return f"its weight is tied to {', '.join(strangers)}"
     if module.weight.is_meta:
-        return "its weight is on the meta device"
+        return ON_META
     if module.weight.device.type == "cpu" and _C is None:
         return "the CPU kernels are not compiled, see `sparsekern doctor`"
     return device_obstacle(module.weight)

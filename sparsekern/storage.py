@@ -1,32 +1,33 @@
 """save and load: models with sparse layers as safetensors files, never pickle.
 
 A file is a plain safetensors file. Each sparse weight `<name>` is stored as `<name>.values` and its
-positions (see `storage_codec`); everything else is stored under its state_dict key. The header key
-`sparsekern` holds JSON: `{"version": 1, "layers": {name: {shape, pattern, encoding}}, "aliases":
-{name: stored name}, "folded": [names of folded normalisations]}`. Kernel schedules are not stored,
-so a file serves every device and ISA.
+positions (see `storage_codec`), and so is a dense tensor with many zeros; everything else is stored
+under its state_dict key. The header key `sparsekern` holds JSON: `{"version": 2, "layers": {name:
+{shape, pattern, encoding}}, "packed": {name: {shape, encoding}}, "aliases": {name: stored name},
+"folded": [names of folded normalisations], "activations": {sparse layer: what it computes},
+"fused": {activation: [layers that compute it]}}`. Kernel schedules are not stored, so a file serves
+every device and ISA.
 """
 
 import json
 import os
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .prune.targets import is_conv1d_of_transformers
-from .storage_codec import PARTS, check_header, decode, encode
-from .storage_folded import check_folded, folded_like, folded_names
-from .weight_base import SparseWeight
-from .weights import BlockWeight, NMWeight
-
-HEADER_KEY = "sparsekern"
-VERSION = 1
+from .storage_build import Builder, activations_of
+from .storage_codec import encode, pack_dense
+from .storage_fit import Content, Fitter, is_transposed, refuse_targets, targets_of
+from .storage_folded import folded_like, folded_names
+from .storage_parts import given, join
+from .storage_read import HEADER_KEY, VERSION, StoredFile, key_of, opened
+from .storage_write import replacing
+from .weight_base import SparseWeight, overwrite
 
 
 class LoadedKeys(NamedTuple):
@@ -36,21 +37,14 @@ class LoadedKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
-@dataclass
-class _File:
-    """Stored tensors and sparse weights by name, further names of tied ones, folded names."""
-
-    entries: dict[str, "Tensor | SparseWeight"] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    folded: list[str] = field(default_factory=list)
-
-
 def save(model: nn.Module, path: str | os.PathLike) -> Path:
     """Write the parameters and buffers of a model to a safetensors file.
 
-    Sparse weights are stored sparse, all other tensors as they are; a tensor with several names
-    (tied weights, shared modules) is stored once. The file at `path` is replaced only when the new
-    one is complete and on disk; after a failure the old one is whole and nothing is left beside it.
+    Sparse weights are stored sparse; dense tensors of floating point with many zeros, as pruning
+    leaves them, are packed without a loss of a bit; all others are stored as they are. A tensor
+    with several names (tied weights, shared modules) is stored once. The file at `path` is replaced
+    only when the new one is complete and on disk; after a failure the old one is whole and nothing
+    is left beside it. What a save that was killed left beside it goes with the next one.
 
     Args:
         model: Any module, on any device. The file does not depend on device or instruction set.
@@ -62,19 +56,21 @@ def save(model: nn.Module, path: str | os.PathLike) -> Path:
     Raises:
         TypeError: `model` is no module, or its state holds something other than plain tensors.
         ValueError: A tensor is on the meta device.
-        OSError: The file cannot be written (missing folder, no permission, full disk).
+        OSError: The file cannot be written (missing folder, no permission, full disk), or `path` is
+            a folder, a FIFO or a device.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     _check_module("save", model)
-    tensors, layers, aliases = _collect(model)
-    header = {"version": VERSION, "layers": layers, "aliases": aliases}
+    tensors, layers, packed, aliases = _collect(model)
+    header = {"version": VERSION, "layers": layers, "packed": packed, "aliases": aliases}
     header["folded"] = folded_names(model)
+    header["activations"], header["fused"] = activations_of(model)
     path = Path(path)
     try:
-        with _replacing(path) as temporary:
-            save_file(tensors, temporary, metadata={HEADER_KEY: json.dumps(header)})
+        with replacing(path) as fresh:
+            save_file(tensors, fresh, metadata={HEADER_KEY: json.dumps(header)})
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         message = f"save: could not write {path}: {reason}; what was there is unchanged"
@@ -83,21 +79,32 @@ def save(model: nn.Module, path: str | os.PathLike) -> Path:
     return path
 
 
-def load(model: nn.Module, path: str | os.PathLike, strict: bool = True) -> LoadedKeys:
-    """Fill a model from a safetensors file; all or nothing.
+def load(
+    model: nn.Module, path: str | os.PathLike | Mapping, strict: bool = True, dense: bool = False
+) -> LoadedKeys:
+    """Fill a model from a safetensors file or a state_dict; all or nothing.
 
-    Sparse and dense meet freely. A sparse layer takes over the positions and pattern of a sparse
-    weight in the file (with another number of nonzeros its `values` become a new parameter: make
-    optimizers afterwards), and from a dense weight the values at its own positions. A dense layer
-    gets a sparse weight with its zeros filled in. Tensors tied in the file are tied in the model.
-    Values are converted to the dtype and device of the model, also from and to int8. Batch
-    normalisations that are folded in the file are folded in the model; which layers compute an
-    activation is up to the model.
+    Layers become what they are in the file: where it has the weight of a sparse layer and the model
+    a dense linear or convolution layer, a sparse one takes its place, without timing anything. With
+    `dense=True` such layers stay dense and get the weight with its zeros filled in. The layer that
+    is the model itself, and layers that `convert_to_sparse` would not take, stay dense, too. A
+    model on the meta device gets memory on the CPU for what the file has, and no more than that.
+
+    A sparse layer takes over the positions and pattern of a sparse weight in the file (with another
+    number of nonzeros its `values` become a new parameter: make optimizers afterwards), and from a
+    dense weight the values at its own positions. Tensors tied in the file are tied in the model.
+    `x_orig` and `x_mask`, as torch.nn.utils.prune leaves them, fill `x` with their product. Values
+    are converted to the dtype and device of the model as `load_state_dict` does it, also from and
+    to int8; complex ones go into complex ones only. Batch normalisations that are folded in the
+    file are folded in the model; sparse layers that are made compute the activations they do in the
+    file, those that are there already are left with theirs.
 
     Args:
         model: A module with the layers of the saved one; changed in place.
-        path: A file `save` wrote, or any safetensors file of a state_dict.
+        path: A file `save` wrote, any safetensors file of a state_dict, or a state_dict. Of the
+            sparse layers of a state_dict dense models take those of format csr and block.
         strict: Whether names that only one side has are an error.
+        dense: Whether dense layers stay dense.
 
     Returns:
         The names that did not match (both lists empty when strict).
@@ -109,24 +116,32 @@ def load(model: nn.Module, path: str | os.PathLike, strict: bool = True) -> Load
         RuntimeError: Names or shapes do not match, as from `nn.Module.load_state_dict`.
     """
     _check_module("load", model)
-    stored = _read(Path(path))
-    with folded_like(model, stored.folded, stored.entries):
-        return _fill(model, path, stored, strict)
+    if not isinstance(path, str | os.PathLike | Mapping):
+        raise TypeError(f"load: expected a path or a state_dict, got {type(path).__name__}")
+    source = nullcontext(given(path)) if isinstance(path, Mapping) else opened(Path(path))
+    with source as stored:
+        with folded_like(model, stored.folded, stored.entries):
+            return _fill(model, stored, strict, dense)
 
 
-def _fill(model: nn.Module, path, stored: _File, strict: bool) -> LoadedKeys:
-    targets = _targets(model)
-    _refuse_meta(targets)
-    entries = {**stored.entries, **{a: stored.entries[n] for a, n in stored.aliases.items()}}
+def _fill(model: nn.Module, stored: StoredFile, strict: bool, dense: bool) -> LoadedKeys:
+    targets = targets_of(model)
+    refuse_targets(stored.path, targets)
+    join(stored, targets, partial(is_transposed, model))
+    fitter = Fitter(model, stored, targets)
     keys = LoadedKeys(
-        [name for name in targets if name not in entries],
-        [name for name in entries if name not in targets],
+        [name for name in targets if name not in fitter.matched] + _only_on_meta(model, targets),
+        [name for name in (*stored.entries, *stored.aliases) if name not in targets],
     )
-    matched = {name: entries[name] for name in targets if name in entries}
-    _refuse_mismatches(model, path, targets, matched, keys if strict else None)
-    ready = {name: _fitted(model, name, targets[name], e) for name, e in matched.items()}
-    _check_ties(targets, ready)
-    _apply(model, stored.aliases, targets, ready)
+    _refuse_mismatches(model, stored, fitter, keys if strict else None)
+    builder = Builder.find(model, fitter)
+    if dense:
+        builder.sites.clear()
+    ready = {name: fitter.fitted(name) for name in fitter.matched if name not in builder.sites}
+    builder.prepare()
+    fitter.check_ties(ready)
+    _write(model, fitter, ready)
+    builder.put(model)
     return keys
 
 
@@ -135,41 +150,27 @@ def _check_module(op: str, model) -> None:
         raise TypeError(f"{op}: expected a torch.nn.Module, got {type(model).__name__}")
 
 
-def _key(name: str, part: str) -> str:
-    return f"{name}.{part}" if name else part
-
-
-def _sparse_weights(model: nn.Module) -> dict[str, SparseWeight]:
-    """Every sparse weight under every name it goes by."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {name: module for name, module in modules if isinstance(module, SparseWeight)}
-
-
-def _targets(model: nn.Module) -> dict[str, "Tensor | SparseWeight"]:
-    """What a file can fill, by name: sparse weights, and all other parameters and buffers."""
-    sparse = _sparse_weights(model)
-    covered = {_key(name, part) for name, weight in sparse.items() for part in weight.parts}
-    state = model.state_dict(keep_vars=True)
-    return {**{k: v for k, v in state.items() if k not in covered}, **sparse}
-
-
-def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict, dict[str, str]]:
-    """Tensors to write, descriptions of the sparse weights, and names of what is there already."""
+def _collect(model: nn.Module) -> tuple[dict[str, Tensor], dict, dict, dict[str, str]]:
+    """Tensors to write, descriptions of sparse and packed ones, names of what is there already."""
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict] = {}
+    packed: dict[str, dict] = {}
     aliases: dict[str, str] = {}
     first: dict = {}
-    for name, item in _targets(model).items():
+    for name, item in targets_of(model).items():
         original = first.setdefault(_identity(name, item), name)
         if original != name:
             aliases[name] = original
         elif isinstance(item, SparseWeight):
             layers[name], parts = encode(item)
-            tensors.update({_key(name, part): t for part, t in parts.items()})
+            tensors.update({key_of(name, part): t for part, t in parts.items()})
         else:
             # A copy even if contiguous: two views of one storage would be refused.
-            tensors[name] = item.detach().cpu().clone(memory_format=torch.contiguous_format)
-    return tensors, layers, aliases
+            whole = item.detach().cpu().clone(memory_format=torch.contiguous_format)
+            header, parts = pack_dense(whole) or (None, {})
+            packed.update({name: header} if header else {})
+            tensors.update({key_of(name, p): t for p, t in parts.items()} or {name: whole})
+    return tensors, layers, packed, aliases
 
 
 def _identity(name: str, item):
@@ -185,195 +186,46 @@ def _identity(name: str, item):
     return values.device, values.data_ptr(), values.dtype, values.shape, values.stride()
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A fresh file beside `path` that takes its place when the block ends well, else vanishes."""
-    path = Path(os.path.realpath(path))  # a link stays a link
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        open(temporary, "xb").close()
-        mode = temporary.stat().st_mode  # what the umask grants; safetensors makes files private
-        yield temporary
-        os.chmod(temporary, mode)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
+def _only_on_meta(model: nn.Module, targets) -> list[str]:
+    """Buffers on the meta device that no file holds, so that nothing gives them content."""
+    return [
+        f"{name} (on the meta device, in no state_dict)"
+        for prefix, module in model.named_modules()
+        for own, buffer in module._buffers.items()
+        if not isinstance(module, SparseWeight) and buffer is not None and buffer.is_meta
+        if (name := key_of(prefix, own)) not in targets
+    ]
 
 
-def _read(path: Path) -> _File:
-    """Read and check a whole file; nothing in it is trusted."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise FileNotFoundError(f"load: expected a file, got {path}")
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"load: {path} is no valid safetensors file: {error}") from error
-    if HEADER_KEY not in metadata:
-        return _File(tensors)
-    try:
-        layers, aliases, folded = _parse_header(metadata[HEADER_KEY])
-        return _File(_assemble(tensors, layers, aliases), aliases, folded)
-    except ValueError as error:
-        raise ValueError(f"load: {path} is damaged: {error}") from error
-
-
-def _parse_header(text: str) -> tuple[dict, dict[str, str], list[str]]:
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its {HEADER_KEY} header is no JSON ({error})") from error
-    if not isinstance(header, dict) or type(header.get("version")) is not int:
-        raise ValueError(f"its {HEADER_KEY} header has no version")
-    if header["version"] != VERSION:
-        raise ValueError(
-            f"expected format version {VERSION}, got {header['version']}; "
-            "a newer sparsekern may read it"
-        )
-    layers, aliases = header.get("layers"), header.get("aliases")
-    if not isinstance(layers, dict) or not isinstance(aliases, dict):
-        raise ValueError(f"its {HEADER_KEY} header has no layers or aliases")
-    return layers, aliases, check_folded(header.get("folded", []))
-
-
-def _assemble(tensors: dict[str, Tensor], layers: dict, aliases: dict) -> dict:
-    """Put the parts of each sparse weight together, and check that aliases lead somewhere."""
-    entries: dict = dict(tensors)
-    for name, header in layers.items():
-        try:
-            check_header(header)
-            keys = {part: _key(name, part) for part in PARTS[header["encoding"]]}
-            absent = [key for key in keys.values() if key not in tensors]
-            if absent:
-                raise ValueError(f"it lacks {', '.join(absent)}")
-            weight = decode(header, {part: entries.pop(key) for part, key in keys.items()})
-        except ValueError as error:
-            raise ValueError(f"layer {name!r}: {error}") from error
-        if name in entries:
-            raise ValueError(f"layer {name!r} is there twice, dense and sparse")
-        entries[name] = weight
-    for alias, name in aliases.items():
-        if not isinstance(name, str) or name not in entries or alias in entries:
-            raise ValueError(f"alias {alias!r} refers to {name!r}")
-    return entries
-
-
-def _refuse_meta(targets) -> None:
-    for name, target in targets.items():
-        values = target.values if isinstance(target, SparseWeight) else target
-        if not isinstance(values, Tensor):
-            raise TypeError(f"load: expected {name!r} to be a tensor, got {type(values).__name__}")
-        if values.is_meta:
-            raise ValueError(
-                f"load: expected a model with memory, got {name!r} on the meta device; "
-                "call model.to_empty(device=...) first"
-            )
-
-
-def _refuse_mismatches(model, path, targets, matched, keys: LoadedKeys | None) -> None:
+def _refuse_mismatches(model, stored, fitter: Fitter, keys: LoadedKeys | None) -> None:
     """Raise one RuntimeError that lists unmatched keys (if given) and all wrong shapes."""
     problems = []
     if keys:
         named = ("Missing", keys.missing_keys), ("Unexpected", keys.unexpected_keys)
         problems += [f"{kind} key(s): {', '.join(map(repr, k))}." for kind, k in named if k]
-    for name, entry in matched.items():
-        found, wanted = tuple(entry.shape), tuple(targets[name].shape)
-        mixed = isinstance(entry, SparseWeight) != isinstance(targets[name], SparseWeight)
-        if mixed and _is_transposed(model, name):
-            found = found[::-1]
-        if found != wanted:
-            sizes = f"{found} in the file, {wanted} in the model"
-            problems.append(f"size mismatch for {name}: {sizes}.")
+    problems += fitter.size_faults()
     if problems:
-        title = f"load: error(s) in loading {path} for {type(model).__name__}:"
+        title = f"load: error(s) in loading {stored.path} for {type(model).__name__}:"
         raise RuntimeError("\n\t".join([title, *problems]))
 
 
-def _is_transposed(model: nn.Module, name: str) -> bool:
-    """Whether the dense form of the weight `name` is (in, out), as in transformers' Conv1D."""
-    parent, _, attribute = name.rpartition(".")
-    owner = model.get_submodule(parent)
-    conv1d = getattr(owner, "transposed", False) is True or is_conv1d_of_transformers(owner)
-    return conv1d and attribute == "weight"
-
-
 @torch.no_grad()
-def _fitted(model: nn.Module, name: str, target, entry):
-    """The entry in the form of its target: a tensor, or a sparse weight of the same format."""
-    if isinstance(target, SparseWeight):
-        if isinstance(entry, SparseWeight):
-            return _recast(name, target, entry)
-        dense = entry.t() if _is_transposed(model, name) else entry
-        return _gather(name, target, dense)
-    if not isinstance(entry, SparseWeight):
-        return entry
-    dense = entry.to_dense()
-    return dense.t() if _is_transposed(model, name) else dense
-
-
-def _recast(name: str, target: SparseWeight, entry: SparseWeight) -> SparseWeight:
-    """The entry in the format of the target, if that can hold it."""
-    try:
-        if target.format != entry.format:
-            own = isinstance(target, (BlockWeight, NMWeight))
-            pattern = target.pattern if own else entry.pattern
-            return type(target).from_dense(entry.to_dense(), entry.mask(), pattern, target.groups)
-        if isinstance(target, BlockWeight):
-            target._check({part: getattr(entry, part) for part in entry.parts})
-        return entry
-    except ValueError as error:
-        raise ValueError(
-            f"load: expected a weight {name!r} that fits format {target.format} of the sparse "
-            f"layer, got one of pattern {entry.pattern} ({error})"
-        ) from error
-
-
-def _gather(name: str, weight: SparseWeight, dense: Tensor) -> SparseWeight:
-    values = weight.gather(dense.to(weight.device)).cpu()
-    lost = int(dense.count_nonzero()) - int(values.count_nonzero())
-    if lost:
-        raise ValueError(
-            f"load: expected the dense weight {name!r} to be zero outside the pattern of the "
-            f"sparse layer, got {lost} nonzeros there; prune it first or load into a dense model"
-        )
-    return weight.refilled(values)
-
-
-def _check_ties(targets, ready) -> None:
-    """A target with several names must get one content."""
-    first: dict[int, str] = {}
-    for name, content in ready.items():
-        original = first.setdefault(id(targets[name]), name)
-        other = ready[original]
-        if content is other:
-            continue
-        names = content.parts if isinstance(content, SparseWeight) else ()
-        pairs = [(getattr(content, n), getattr(other, n)) for n in names] or [(content, other)]
-        if not all(torch.equal(a, b) for a, b in pairs):
-            raise ValueError(
-                f"load: expected one content for {original!r} and {name!r}, which the model ties, "
-                "got two that differ"
-            )
-
-
-@torch.no_grad()
-def _apply(model: nn.Module, aliases: dict[str, str], targets, ready) -> None:
-    for alias, name in aliases.items():
+def _write(model: nn.Module, fitter: Fitter, ready: dict[str, Content]) -> None:
+    """Put checked contents into the model, one dense tensor at a time."""
+    targets = fitter.targets
+    for alias, name in fitter.stored.aliases.items():
         if alias in ready and name in ready and targets[alias] is not targets[name]:
             _tie(model, alias, targets[alias], targets[name])
     for name, content in ready.items():
         target = targets[name]
-        if isinstance(content, SparseWeight):
-            target.take(content)
+        if isinstance(target, SparseWeight):
+            target.become(content)
+            continue
+        content = fitter.dense(name, content)
+        if target.is_meta:
+            _replace(model, targets, target, content.to("cpu", target.dtype, copy=True))
         else:
-            target.copy_(content)
+            overwrite(target, content)
 
 
 def _tie(model: nn.Module, alias: str, old, new) -> None:
@@ -386,3 +238,15 @@ def _tie(model: nn.Module, alias: str, old, new) -> None:
     elif isinstance(old, nn.Parameter) and isinstance(new, nn.Parameter):
         if (old.dtype, old.device) == (new.dtype, new.device):
             owner._parameters[attribute] = new
+
+
+def _replace(model: nn.Module, targets, old: Tensor, content: Tensor) -> None:
+    """Let every name of a tensor on the meta device mean one with memory."""
+    if isinstance(old, nn.Parameter):
+        content = nn.Parameter(content.contiguous(), requires_grad=old.requires_grad)
+    for name in [name for name, target in targets.items() if target is old]:
+        parent, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        for table in (owner._parameters, owner._buffers):
+            if table.get(attribute) is old:
+                table[attribute] = content

@@ -20,13 +20,6 @@ def folded_names(model: nn.Module) -> list[str]:
     return [name for name, module in modules if isinstance(module, (FoldedNorm, FoldedNormAct))]
 
 
-def check_folded(names) -> list[str]:
-    """The names as a header holds them; ValueError for anything else."""
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"expected folded as a list of names, got {names!r}")
-    return names
-
-
 @contextmanager
 def folded_like(model: nn.Module, names: list[str], stored) -> Iterator[None]:
     """Fold in `model` what is folded in a file, for the tensors that follow.

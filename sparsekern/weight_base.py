@@ -9,14 +9,16 @@ DistributedDataParallel sends parameters alone, so that all ranks must be made w
 after the same `torch.manual_seed`, by the same conversion, or from one file.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 
 import torch
 from torch import Tensor, nn
 
 INT32_MAX = 2**31 - 1
 PLANS = "plan", "plan_t"
+# An entry without content in every state_dict. A dense model that meets it cannot know us; what its
+# load_state_dict then prints is this name.
+HINT = "needs_sk_load_or_sk_to_dense"
 
 
 class SparseWeight(nn.Module):
@@ -50,9 +52,11 @@ class SparseWeight(nn.Module):
             self.values = values
         for name, index in indices.items():
             setattr(self, name, index)
-        for name in PLANS:
-            empty = torch.empty(0, dtype=torch.int32, device=values.device)
-            setattr(self, name, _counted(empty))
+        with torch.inference_mode(False):
+            self.plan, self.plan_t, hint = (
+                torch.empty(0, dtype=torch.int32, device=values.device) for _ in range(3)
+            )
+        self.register_buffer(HINT, hint)
         if plans:
             self._make_plans(training=False)
 
@@ -118,13 +122,65 @@ class SparseWeight(nn.Module):
         self._make_plans(training=True)
         return self
 
-    def take(self, other: "SparseWeight") -> None:
-        """Become a copy of a weight of the same format and shape, in the own dtype and device.
+    def with_parts(
+        self, parts: dict, pattern=None, *, dtype=None, device=None, assign: bool = False
+    ) -> "SparseWeight":
+        """A weight like this one around other parts, with schedules; this one is not changed.
 
-        With another number of values, `values` is a new parameter.
+        Args:
+            parts: All of `parts`, of any source: nothing is allocated or computed before the sizes
+                are found to be those of a weight of this shape.
+            pattern: What the nonzeros follow, by default what they follow here.
+            dtype: Of values in floating point, by default that of this weight.
+            device: By default that of this weight.
+            assign: Take the tensors themselves instead of copies in this dtype on this device.
+
+        Raises:
+            ValueError: A part is missing, no tensor, or not what the format wants.
+            RuntimeError: No kernel takes such a weight.
         """
-        self.load_state_dict({name: getattr(other, name) for name in self.parts})
-        self.pattern = other.pattern
+        device = torch.device(self.device if device is None else device)
+        _refuse_incomplete(self.parts, parts, assign or device.type == "meta")
+        twin = type(self).__new__(type(self))
+        tables = {"_parameters": dict(self._parameters), "_buffers": dict(self._buffers)}
+        twin.__dict__.update(self.__dict__, **tables)
+        twin._follow(self.pattern if pattern is None else pattern)
+        twin._check({name: parts[name] for name in self.parts})
+        with torch.no_grad():
+            for name in self.parts:
+                own = getattr(self, name)
+                wanted = dtype if dtype and own.is_floating_point() and name == "values" else None
+                part = parts[name] if assign else _copied(parts[name], device, wanted or own.dtype)
+                setattr(twin, name, _like(own, part if part.is_contiguous() else part.contiguous()))
+            twin._settle()
+            for name in ("plan", "plan_t", HINT):
+                setattr(twin, name, getattr(self, name).new_empty(0, device=twin.device))
+            twin._make_plans(training=self.plan_t.numel() > 0)
+        return twin
+
+    def become(self, other: "SparseWeight", assign: bool = False) -> None:
+        """Take over what `with_parts` made of this weight.
+
+        Values in place where shapes agree, so that optimizers stay right; else, with `assign`, and
+        from the meta device `values` is a new parameter.
+        """
+        for name in self.parts:
+            old, new = getattr(self, name), getattr(other, name)
+            fits = old.shape == new.shape and old.device == new.device and not assign
+            if fits and isinstance(old, nn.Parameter):
+                overwrite(old, new)
+            else:  # the schedules are bound to the new indices
+                setattr(self, name, new)
+        self.plan, self.plan_t = other.plan, other.plan_t
+        setattr(self, HINT, getattr(other, HINT))
+        self._follow(other.pattern)
+
+    def _follow(self, pattern) -> None:
+        """Note the pattern of the nonzeros."""
+        self.pattern = str(pattern)
+
+    def _settle(self) -> None:
+        """Make what is noted beside the parts agree with them."""
 
     def extra_repr(self) -> str:
         """Shape, count and pattern."""
@@ -179,18 +235,6 @@ class SparseWeight(nn.Module):
             part = getattr(self, name)
             destination[prefix + name] = part if keep_vars else part.detach()
 
-    @contextmanager
-    def _as_buffers(self) -> Iterator[None]:
-        """Let the parts be buffers while torch loads them: copied, or taken over with `assign`."""
-        names = self._fixed()
-        for name in names:
-            self._buffers[name] = self.__dict__[name]
-        try:
-            yield
-        finally:
-            for name in names:
-                self.__dict__[name] = self._buffers.pop(name)
-
     def _apply(self, fn, recurse=True):
         """As every module. The plans of one device mean nothing to another and are made again."""
         before, training = self._plan_depends(), self.plan_t.numel() > 0
@@ -205,41 +249,93 @@ class SparseWeight(nn.Module):
             self._renew_plans()
         return self
 
+    def load_fault(self, state_dict, prefix: str, assign: bool) -> str:
+        """Why the parts under `prefix` cannot be loaded, or an empty string; nothing is changed."""
+        name = prefix.removesuffix(".")
+        if name in state_dict:
+            return (
+                f"{name}: expected the parts of a sparse weight ({', '.join(self.parts)}), got a "
+                "dense weight; sk.load(model, path) fills sparse layers from dense files, "
+                "sk.to_dense(model) makes the layers dense"
+            )
+        given = {part: state_dict[prefix + part] for part in self._present(state_dict, prefix)}
+        if not given:
+            return ""
+        try:
+            self.with_parts(given, assign=assign)
+        except (ValueError, RuntimeError) as error:
+            return f"{name}: {error}"
+        return ""
+
+    def _present(self, state_dict, prefix: str) -> list[str]:
+        return [name for name in self.parts if prefix + name in state_dict]
+
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        """Take over a pattern with another number of values, after checking every index."""
-        parts = {name: state_dict.get(prefix + name) for name in self.parts}
-        complete = all(part is not None for part in parts.values())
-        if complete:
-            try:
-                self._check(parts)
-            except ValueError as error:
-                error_msgs.append(f"{prefix.rstrip('.')}: {error}")
-                return
-            self._resize(parts)
-        with self._as_buffers():
-            super()._load_from_state_dict(
-                state_dict,
-                prefix,
-                local_metadata,
-                strict,
-                missing_keys,
-                unexpected_keys,
-                error_msgs,
+        """Take over a weight with another number of values; all parts of it or nothing."""
+        arguments = (strict, missing_keys, unexpected_keys, error_msgs)
+        for hook in self._load_state_dict_pre_hooks.values():
+            hook(state_dict, prefix, local_metadata, *arguments)
+        present = self._present(state_dict, prefix)
+        if strict:
+            known = {prefix + name for name in (*self.parts, HINT)}
+            missing_keys += [prefix + name for name in self.parts if name not in present]
+            unexpected_keys += [k for k in state_dict if k.startswith(prefix) and k not in known]
+        if not present:
+            return
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        try:
+            fresh = self.with_parts({n: state_dict[prefix + n] for n in present}, assign=assign)
+        except (ValueError, RuntimeError) as error:
+            fault = f"{prefix.removesuffix('.')}: {error}"
+            if fault not in error_msgs:  # the layer around has found it, too
+                error_msgs.append(fault)
+            return
+        if fresh.device.type == "meta" and not assign:
+            warnings.warn(
+                f"{prefix.removesuffix('.')} is on the meta device, so load_state_dict gives it no "
+                "content; pass assign=True or use sk.load",
+                stacklevel=2,
             )
-        if complete:
-            self._make_plans(training=self.plan_t.numel() > 0)
+        if not error_msgs:  # what another layer refused will raise: stay as we are
+            self.become(fresh, assign)
 
-    def _resize(self, parts: dict[str, Tensor]) -> None:
-        for name in self.parts:
-            old = getattr(self, name)
-            if parts[name].shape == old.shape:
-                continue
-            fresh = old.detach().new_zeros(parts[name].shape)
-            if isinstance(old, nn.Parameter):
-                fresh = nn.Parameter(fresh, requires_grad=old.requires_grad)
-            setattr(self, name, fresh)
+
+def overwrite(old: Tensor, new: Tensor) -> None:
+    """Copy into a tensor, also one that was made in inference mode."""
+    with torch.inference_mode(old.is_inference()), torch.no_grad():
+        old.copy_(new)
+
+
+def _refuse_incomplete(names: tuple[str, ...], parts: dict, meta_allowed: bool) -> None:
+    """ValueError unless there is a plain tensor for every name, and all have data or none."""
+    lacking = [name for name in names if parts.get(name) is None]
+    if lacking:
+        raise ValueError(f"expected all of {', '.join(names)}, got no {', '.join(lacking)}")
+    for name in names:
+        part = parts[name]
+        if not isinstance(part, Tensor) or part.is_nested or part.layout != torch.strided:
+            got = part.layout if isinstance(part, Tensor) else type(part).__name__
+            raise ValueError(f"expected {name} to be a dense tensor, got {got}")
+    devices = {parts[name].device for name in names}
+    if len(devices) > 1:
+        got = ", ".join(sorted(map(str, devices)))
+        raise ValueError(f"expected all parts on one device, got {got}")
+    if parts[names[0]].is_meta and not meta_allowed:
+        raise ValueError("expected parts with data, got some on the meta device")
+
+
+def _copied(part: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return part.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _like(own: Tensor, part: Tensor) -> Tensor:
+    """A parameter if `own` is one, that trains if `own` does."""
+    if not isinstance(own, nn.Parameter):
+        return part.detach()
+    part = part if isinstance(part, nn.Parameter) else nn.Parameter(part.detach())
+    return part.requires_grad_(own.requires_grad)
 
 
 def _memory(t: Tensor) -> int:

@@ -72,8 +72,8 @@ def check_int8_block(values: Tensor, scales: Tensor, crow: Tensor, col: Tensor, 
     """
     op = "Int8BlockWeight"
     _check_scaled(op, values, scales, shape)
-    fits = values.dim() == 3 and min(values.shape[1:]) > 0
-    check(fits, "values (n_blocks, R, C)", f"shape {tuple(values.shape)}", op)
+    check(values.dim() == 3, "values (n_blocks, R, C)", f"shape {tuple(values.shape)}", op)
+    _check_block_size(op, values, shape)
     rows, cols, _ = block_grid(*shape, tuple(values.shape[1:]))
     _check_rows(op, values.shape[0], crow, col, rows, cols)
 
@@ -141,6 +141,7 @@ def _check_rows(op: str, nnz: int, crow: Tensor, col: Tensor, rows: int, cols: i
             f"{index.dtype} of shape {tuple(index.shape)}",
         )
     check(crow.numel() == rows + 1, f"crow of {rows + 1} entries (out + 1)", crow.numel())
+    check(nnz <= rows * cols, f"values for at most {rows} x {cols} positions", nnz)
     check(col.numel() == nnz, f"col of {nnz} entries like values", col.numel())
     if crow.is_meta:
         return
@@ -172,15 +173,23 @@ def check_block(values: Tensor, crow: Tensor, col: Tensor, shape, groups: int = 
 
     check(len(shape) in (2, 4), "a shape of 2 or 4 dimensions", tuple(shape))
     check(
-        values.is_floating_point() and values.dim() == 3 and min(values.shape[1:]) > 0,
+        values.is_floating_point() and values.dim() == 3,
         "values (n_blocks, R, C) in floating point",
         f"{values.dtype} of shape {tuple(values.shape)}",
     )
+    _check_block_size("BlockWeight", values, shape)
     block = tuple(values.shape[1:])
     fault = group_misfit(shape, block, groups)
     check(not fault, "blocks that stay inside a group of the convolution", fault)
     rows, cols, _ = block_grid(shape[0], shape[1], block, groups)
     _check_rows("BlockWeight", values.shape[0], crow, col, rows, cols * shape[2:].numel())
+
+
+def _check_block_size(op: str, values: Tensor, shape) -> None:
+    """No side may be 0 or longer than the weight: kernels reserve memory for a whole block."""
+    fits = all(0 < side <= size for side, size in zip(values.shape[1:], shape[:2], strict=True))
+    wanted = f"values (n_blocks, R, C) with R in [1, {shape[0]}] and C in [1, {shape[1]}]"
+    check(fits, wanted, f"shape {tuple(values.shape)}", op)
 
 
 def group_misfit(shape, block, groups: int) -> str:

@@ -14,7 +14,7 @@ from .ops.conv import add_residual, call_csr_conv2d
 from .ops.csr import call_csr_linear, csr_plan
 from .ops.nm import call_nm_linear, nm_plan, nm_to_dense, pack_index, slot_columns
 from .ops.nm_conv import call_nm_conv2d
-from .patterns import NM, parse
+from .patterns import NM, Block, parse
 from .tiles import as_3d
 from .weight_base import SparseWeight, dense_weight
 from .weight_checks import block_misfit, check, check_block, check_csr, check_nm, nm_misfit
@@ -192,6 +192,11 @@ class BlockWeight(SparseWeight):
     def _check(self, parts) -> None:
         check_block(*parts.values(), self.shape, self.groups)
 
+    def _settle(self) -> None:
+        block = tuple(self.values.shape[1:])
+        if block != parse(self.pattern).tile(self.shape)[:2]:  # parts bring no name of a pattern
+            self.pattern = str(Block(*block))
+
     def _plan(self, transpose: bool) -> Tensor:
         sizes = (*self.shape[:2], *self.values.shape[1:])
         return block_plan(
@@ -276,10 +281,11 @@ class NMWeight(SparseWeight):
         y = call_nm_conv2d(x, *self._arguments(bias), *geometry, "none")
         return add_residual("nm_conv2d", y, residual, activation)
 
-    def take(self, other: "NMWeight") -> None:
-        """As for every weight; N and M are taken over, too."""
-        self.n, self.m = other.n, other.m
-        super().take(other)
+    def _follow(self, pattern) -> None:
+        pattern = parse(pattern)
+        check(isinstance(pattern, NM), "an N:M pattern", pattern, type(self).__name__)
+        super()._follow(pattern)
+        self.n, self.m = pattern.n, pattern.m
 
     def _arguments(self, bias):
         b = self.__dict__

@@ -9,6 +9,7 @@ from fuse_common import ConvNet, forced, fused, prepared
 from torch import nn
 
 import sparsekern as sk
+from sparsekern.fuse import FusedActivation
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,11 @@ def test_save_and_load(tmp_path):
     for other in (twin, fresh, plain):
         sk.load(other, path)
         torch.testing.assert_close(other(x), want, rtol=1e-5, atol=1e-5)
-    assert isinstance(fresh.na, nn.Identity) and type(fresh.relu) is nn.ReLU
+    dense = prepared(ConvNet())
+    sk.load(dense, path, dense=True)
+    torch.testing.assert_close(dense(x), want, rtol=1e-5, atol=1e-5)
+    assert isinstance(fresh.na, nn.Identity) and isinstance(fresh.relu, FusedActivation)
+    assert isinstance(dense.na, nn.Identity) and type(dense.relu) is nn.ReLU
     assert fresh.a.bias is not None
 
 

@@ -197,7 +197,7 @@ def test_copies_and_files(tmp_path):
     for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)), other):
         assert torch.equal(twin(x), want)
     names = {"bias", "weight.values", "weight.scales", "weight.crow", "weight.col"}
-    assert set(made.state_dict()) == names
+    assert set(made.state_dict()) == {*names, "weight.needs_sk_load_or_sk_to_dense"}
     with pytest.raises(RuntimeError, match=r"expected values of int8, got torch\.float32"):
         bad = made.state_dict()
         bad["weight.values"] = bad["weight.values"].float()

@@ -162,7 +162,7 @@ def test_copies_and_state_dict():
     other.load_state_dict(torch.load(file, weights_only=True))
     for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made)), other):
         assert torch.equal(twin(x), want)
-    names = {"values", "scales", "block_crow", "block_col"}
+    names = {"values", "scales", "block_crow", "block_col", "needs_sk_load_or_sk_to_dense"}
     assert set(made.state_dict()) == {"bias", *(f"weight.{name}" for name in names)}
     for part, broken, message in (
         ("values", lambda t: t.float(), r"expected values of int8, got torch\.float32"),

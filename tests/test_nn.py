@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 import sparsekern as sk
+from sparsekern.weight_base import HINT as NAME
+
+HINT = f"weight.{NAME}"
 
 LINEAR = [
     {"sparsity": 0.8},
@@ -109,7 +112,7 @@ def test_copies_and_files(kind):
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), other):
         assert torch.equal(twin(x), want)
         twin(x).sum().backward()
-    assert set(layer.state_dict()) == {"bias", "weight.values", "weight.crow", "weight.col"}
+    assert set(layer.state_dict()) == {"bias", HINT, "weight.values", "weight.crow", "weight.col"}
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
@@ -130,7 +133,7 @@ def test_copies_and_files_of_other_formats(kind, options, parts):
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), other):
         assert torch.equal(twin(x), want)
         twin(x).sum().backward()
-    assert set(layer.state_dict()) == {"bias", "weight.values", *parts}
+    assert set(layer.state_dict()) == {"bias", HINT, "weight.values", *parts}
     low = copy.deepcopy(layer).to(torch.bfloat16)(x.bfloat16())
     torch.testing.assert_close(low.float(), want, rtol=0.05, atol=0.05)
     torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), want)

@@ -94,7 +94,9 @@ def test_a_format_that_cannot_hold_the_weight(tmp_path):
     save(layer_of("csr"), tmp_path / "m")
     other = layer_of("nm")
     before = {k: v.clone() for k, v in other.state_dict().items()}
-    with pytest.raises(ValueError, match=r"load: expected a weight 'weight' that fits format nm"):
+    with pytest.raises(
+        ValueError, match=r"load: .*/m: expected a weight 'weight' that fits format nm"
+    ):
         load(other, tmp_path / "m")
     assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
 
@@ -212,7 +214,7 @@ def test_ties_are_stored_once_and_tied_again(tmp_path, sparse_target):
     save(model, tmp_path / "m")
     stored = load_file(tmp_path / "m")
     assert "head.weight" not in stored and not any(k.startswith("b.weight") for k in stored)
-    load(fresh, tmp_path / "m")
+    load(fresh, tmp_path / "m", dense=True)
     assert fresh.head.weight is fresh.embed.weight and fresh.b.weight is fresh.a.weight
     assert torch.equal(fresh.embed.weight, model.embed.weight)
     weight = fresh.a.weight.to_dense() if sparse_target else fresh.a.weight
@@ -243,7 +245,7 @@ def test_a_tied_model_refuses_two_contents(tmp_path):
 def test_sparse_file_into_dense_model(tmp_path):
     model, dense = sparse_net(), dense_net()
     save(model, tmp_path / "m")
-    load(dense, tmp_path / "m")
+    load(dense, tmp_path / "m", dense=True)
     assert torch.equal(dense[3].weight, model[3].weight.to_dense())
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(dense(x), model(x))
@@ -252,7 +254,7 @@ def test_sparse_file_into_dense_model(tmp_path):
 def test_dense_file_into_sparse_model(tmp_path):
     model, dense = sparse_net(), dense_net()
     save(model, tmp_path / "sparse")
-    load(dense, tmp_path / "sparse")
+    load(dense, tmp_path / "sparse", dense=True)
     save_file(dense.state_dict(), tmp_path / "dense")  # any safetensors file will do
     for layer in (model[0], model[3], model[4]):
         layer.weight.values.data.zero_()
@@ -317,9 +319,8 @@ def test_bad_arguments(tmp_path):
         load(nn.Linear(2, 2), tmp_path / "none")
     with pytest.raises(ValueError, match=r"save: expected 'weight' .* meta device"):
         save(nn.Linear(2, 2, device="meta"), tmp_path / "m")
-    save(nn.Linear(2, 2), tmp_path / "m")
-    with pytest.raises(ValueError, match=r"to_empty"):
-        load(nn.Linear(2, 2, device="meta"), tmp_path / "m")
+    with pytest.raises(TypeError, match=r"load: expected a path or a state_dict, got int"):
+        load(nn.Linear(2, 2), 3)
 
 
 class Odd(nn.Module):
@@ -340,7 +341,7 @@ def test_state_that_is_no_tensor(tmp_path):
     with pytest.raises(TypeError, match=r"save: .* got torch.sparse_coo"):
         save(Odd(torch.eye(2).to_sparse()), tmp_path / "m")
     save(nn.Sequential(), tmp_path / "m")
-    with pytest.raises(TypeError, match=r"load: expected '_extra_state' .* got dict"):
+    with pytest.raises(TypeError, match=r"load: .*/m: expected '_extra_state' .* got dict"):
         load(Odd({}), tmp_path / "m", strict=False)
     assert not list(tmp_path.glob(".*"))
 
