@@ -53,10 +53,9 @@ class SparseWeight(nn.Module):
         for name, index in indices.items():
             setattr(self, name, index)
         with torch.inference_mode(False):
-            self.plan, self.plan_t, hint = (
-                torch.empty(0, dtype=torch.int32, device=values.device) for _ in range(3)
+            self.plan, self.plan_t = (
+                torch.empty(0, dtype=torch.int32, device=values.device) for _ in PLANS
             )
-        self.register_buffer(HINT, hint)
         if plans:
             self._make_plans(training=False)
 
@@ -153,7 +152,7 @@ class SparseWeight(nn.Module):
                 part = parts[name] if assign else _copied(parts[name], device, wanted or own.dtype)
                 setattr(twin, name, _like(own, part if part.is_contiguous() else part.contiguous()))
             twin._settle()
-            for name in ("plan", "plan_t", HINT):
+            for name in PLANS:
                 setattr(twin, name, getattr(self, name).new_empty(0, device=twin.device))
             twin._make_plans(training=self.plan_t.numel() > 0)
         return twin
@@ -172,7 +171,6 @@ class SparseWeight(nn.Module):
             else:  # the schedules are bound to the new indices
                 setattr(self, name, new)
         self.plan, self.plan_t = other.plan, other.plan_t
-        setattr(self, HINT, getattr(other, HINT))
         self._follow(other.pattern)
 
     def _follow(self, pattern) -> None:
@@ -231,6 +229,7 @@ class SparseWeight(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """As every module, and the parts that are no parameters."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + HINT] = self.values.detach().new_empty(0, dtype=torch.int32)
         for name in self._fixed():
             part = getattr(self, name)
             destination[prefix + name] = part if keep_vars else part.detach()
@@ -245,9 +244,16 @@ class SparseWeight(nn.Module):
         # What comes from the meta device has no contents yet; loading them makes the plans.
         if before != self._plan_depends() and before[0].type != "meta" and self.plan.numel() > 0:
             self._make_plans(training)
-        elif _memory(self.plan) != memory:  # share_memory()
-            self._renew_plans()
+        elif before[0].type == "cpu" and _memory(self.plan) != memory:
+            self._renew_or_drop_plans()
         return self
+
+    def _renew_or_drop_plans(self) -> None:
+        """After all tensors moved: share_memory() keeps their contents, to_empty() does not."""
+        try:
+            self._renew_plans()
+        except RuntimeError:  # no indices at all; loading some makes the plans
+            self.plan, self.plan_t = self.plan.new_empty(0), self.plan.new_empty(0)
 
     def load_fault(self, state_dict, prefix: str, assign: bool) -> str:
         """Why the parts under `prefix` cannot be loaded, or an empty string; nothing is changed."""
