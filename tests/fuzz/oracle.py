@@ -45,6 +45,8 @@ def result_fault(op: str, result, reference, values: list, exact: list) -> str:
     try:
         want = reference(*exact)
     except EXPECTED as error:
+        if "allocate memory" in str(error):  # it takes more than a kernel
+            return ""
         return f"a result where the reference refuses: {str(error)[:200]}"
     if op.endswith("_plan") or any(r.numel() > _MOST for r in results):
         return ""
