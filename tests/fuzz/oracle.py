@@ -45,6 +45,8 @@ def result_fault(op: str, result, reference, values: list, exact: list) -> str:
     try:
         want = reference(*exact)
     except EXPECTED as error:
+        if "that torch can compute with" in str(error):  # torch's own limits: memory, oneDNN
+            return ""
         return f"a result where the reference refuses: {str(error)[:200]}"
     if op.endswith("_plan") or any(r.numel() > _MOST for r in results):
         return ""
