@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from sparsekern import patterns
-from sparsekern.prune import prune
+from sparsekern.prune import owl, prune
 from sparsekern.prune.calibration import input_rows
 from sparsekern.prune.targets import Layer
 
@@ -354,10 +354,18 @@ def test_layers_without_data_are_named_and_the_model_put_back():
 
     model = Skips()
     before = copy.deepcopy(model)
-    with pytest.raises(ValueError, match="data to reach layer 'unused', got no call of it; add"):
-        prune(model, "wanda", data=correlated())
+    with pytest.raises(ValueError, match="data to reach layer 'unused', got no call of it: no bat"):
+        owl(model, correlated(), 0.5)
     assert same_weights(model, before)
     assert prune(model, "wanda", data=correlated(), ignore="unused").zeros == 518
+    for method in ("wanda", "sparsegpt", "refit"):
+        model = copy.deepcopy(before)
+        report = prune(model, method, 0.5, data=correlated(), scope="uniform")
+        used, unused = report.layers
+        assert not used.note and unused.note == "pruned by magnitude, as no batch reaches it"
+        assert unused.note in str(report) and used.zeros == unused.zeros == 288
+        kept = before.unused.weight.abs()[model.unused.weight != 0]
+        assert method != "sparsegpt" or kept.min() >= before.unused.weight.abs().median()
 
 
 def test_inputs_that_are_not_finite_are_refused():

@@ -55,12 +55,15 @@ class Calibration:
         order += [i for i in range(len(layers)) if i not in set(calls)]
         self.stages = _split(order, layers) if sequential else [order]
 
-    def gather(self, stage: Sequence[int], statistic: Callable) -> dict[int, Tensor]:
+    def gather(
+        self, stage: Sequence[int], statistic: Callable, unreached: dict[int, str] | None = None
+    ) -> dict[int, Tensor]:
         """Sum `statistic(layer, rows)` over all batches for the layers of a stage.
 
         Args:
             stage: Indices of layers.
             statistic: From a layer and its input rows `(groups, T, fan_in)` to a float64 tensor.
+            unreached: Takes why a layer was never called, by index, instead of an error.
 
         Raises:
             ValueError: A layer was never called, or its inputs are not finite.
@@ -76,7 +79,12 @@ class Calibration:
 
             self._visit(stage, batch, add)
         for index in stage:
-            _check_sum(self.layers[index].name, sums.get(index))
+            if index in sums:
+                _check_sum(self.layers[index].name, sums[index])
+            elif unreached is None:
+                self._refuse_unreached(index)
+            else:
+                unreached[index] = why_unreached(self.model, self.layers[index])
         return sums
 
     def inputs(self, stage: Sequence[int], batch: Batch) -> dict[int, list[Tensor]]:
@@ -88,8 +96,16 @@ class Calibration:
         seen: dict[int, list[Tensor]] = {index: [] for index in stage}
         self._visit(stage, batch, lambda index, inputs: seen[index].append(inputs.clone()))
         for index in stage:
-            _check_reached(self.layers[index].name, bool(seen[index]))
+            if not seen[index]:
+                self._refuse_unreached(index)
         return seen
+
+    def _refuse_unreached(self, index: int) -> None:
+        layer = self.layers[index]
+        raise ValueError(
+            f"prune: expected the calibration data to reach layer {layer.name!r}, got no call of "
+            f"it: {why_unreached(self.model, layer)}; add the layer to ignore"
+        )
 
     def _visit(self, stage: Sequence[int], batch: Batch, act: Callable) -> None:
         """Call `act(index, inputs)` for every call of a layer of the stage."""
@@ -188,15 +204,14 @@ def token_mask(kwargs: Mapping) -> Tensor | None:
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _check_reached(name: str, reached: bool) -> None:
-    if not reached:
-        raise ValueError(
-            f"prune: expected the calibration data to reach layer {name!r}, got no call of it; "
-            "add the layer to ignore"
-        )
+def why_unreached(model: nn.Module, layer: Layer) -> str:
+    """Say why no data was seen at a layer."""
+    parent = model.get_submodule(layer.name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        return "its parent MultiheadAttention reads the weight itself instead of calling the layer"
+    return "no batch reaches it"
 
 
-def _check_sum(name: str, total: Tensor | None) -> None:
-    _check_reached(name, total is not None)
+def _check_sum(name: str, total: Tensor) -> None:
     if not bool(torch.isfinite(total).all()):
         raise ValueError(f"prune: expected finite inputs of layer {name!r}, got NaN or Inf")

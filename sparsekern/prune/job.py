@@ -15,6 +15,7 @@ from .calibration import Calibration, evaluating
 from .data import read_batches
 from .methods import make_method
 from .methods.base import Method, zero_out
+from .methods.magnitude import Magnitude
 from .targets import Layer, find_layers, restored_on_error, unwrapped
 from .task import Task
 
@@ -154,7 +155,9 @@ class Job:
         """Choose all masks from the weights as they are, then apply them."""
         totals = self.totals
         if totals is None:
+            self.task.reached.clear()
             totals = self.method.measure(self.task, self.layers, self.pattern)
+            self.task.check_reached()
             self.task.average([t for t in totals if t is not None])
         if self._ranks_globally:
             masks = self._choose_globally(totals)
@@ -189,15 +192,25 @@ class Job:
             budget = self._global_budget(runs) if self._ranks_globally else self._budget()
             for stage in self._track(runs.stages):
                 totals = self._gather(runs, stage)
-                found = self._each_layer(self.method.prune_layer, stage, budget, totals)
+                found = self._each_layer(self._prune_layer, stage, budget, totals)
                 self.task.agree([*found, *(self.layers[i].weight for i in stage)])
                 masks.update(zip(stage, found))
         return [masks[i] for i in range(len(self.layers))]
 
     def _gather(self, runs: Calibration, stage) -> dict[int, Tensor]:
-        totals = runs.gather(stage, self.method.statistic)
+        # Ranks whose data reach different layers would have nothing to agree on.
+        unreached = None if self.task.distributed else {}
+        totals = runs.gather(stage, self.method.statistic, unreached)
+        for i, why in (unreached or {}).items():
+            self.task.notes[self.layers[i].name] = f"pruned by magnitude, as {why}"
         self.task.average([totals[i] for i in sorted(totals)])
         return totals
+
+    def _prune_layer(
+        self, layer: Layer, pattern: Pattern, kept: float, total: Tensor | None, by_row: bool
+    ) -> Tensor:
+        method = Magnitude() if total is None else self.method
+        return method.prune_layer(layer, pattern, kept, total, by_row)
 
     def _budget(self) -> Budget:
         return allocate(self.scope, self.layers, self.pattern, self.sparsity)
@@ -206,12 +219,18 @@ class Job:
         scores: dict[int, Tensor] = {}
         for stage in self._track(runs.stages):
             totals = self._gather(runs, stage)
-            for i in stage:
+            for i in totals:
                 scores[i] = self.method.unit_ranks(self.layers[i], self.pattern, totals[i]).cpu()
+        for i in range(len(self.layers)):
+            if i not in scores:
+                scores[i] = _like_others(self._magnitudes(i), scores.values())
         units = self._rank([scores[i] for i in range(len(self.layers))])
         shapes = [layer.weight.shape for layer in self.layers]
         sizes = [self.pattern.unit_sizes(shape) for shape in shapes]
         return Budget([weights_in(u, size) for u, size in zip(units, sizes)])
+
+    def _magnitudes(self, i: int) -> Tensor:
+        return Magnitude().unit_ranks(self.layers[i], self.pattern).cpu()
 
     def _rank(self, scores: list[Tensor]) -> list[Tensor]:
         shapes = [layer.weight.shape for layer in self.layers]
@@ -231,6 +250,15 @@ class Job:
             budget.settle(i, int(mask.count_nonzero()))
             masks.append(_own(mask))
         return masks
+
+
+def _like_others(ranks: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """Ranks of another kind, scaled to the mean of those they are compared with."""
+    means = [r[r.isfinite()].double().mean() for r in (ranks, *others)]
+    known = [m for m in means[1:] if m.isfinite()]
+    if not known or not means[0] > 0:
+        return ranks
+    return ranks * (sum(known) / len(known) / means[0]).to(ranks.dtype)
 
 
 def _own(mask: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..patterns import NM, Pattern
 from . import sync
 from .average import mask_average
+from .collapse import warn_of_collapse
 from .guard import Guard
 from .job import DEFAULT_SPARSITY, Job, prepare
 from .methods.base import Method, zero_out
@@ -125,6 +126,7 @@ class Pruner:
         warn_of_start(self.model, self._job.layers, self._job.method, self.schedule)
         self._finished = self._pruned = False
         self._undo: Undo | None = None
+        self._collapsed: set[str] = set()
         self._guard = Guard(
             self._job.method, self._method_now, self._slots, self._watches, self._is_over
         )
@@ -161,7 +163,8 @@ class Pruner:
     def report(self) -> PruneReport:
         """Count the zeros that are in the weights now."""
         job = self._job
-        return make_report(self._name, job.pattern, job.scope, self.layers, self._skipped)
+        where = self.layers, self._skipped, self.model, job.task.notes
+        return make_report(self._name, job.pattern, job.scope, *where)
 
     @property
     def layers(self) -> list[Layer]:
@@ -334,6 +337,8 @@ class Pruner:
                 slot.layer.weight.clone() if method.returning else None for slot in self._slots
             ]
             masks = self._choose(sparsity)
+        if not method.keeps:
+            warn_of_collapse("Pruner", self.layers, masks, self._job.scope, self._collapsed)
         for slot, mask, values in zip(self._slots, masks, dense):
             self._install(slot, mask)
             if method.returning and not self._is_over():

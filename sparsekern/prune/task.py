@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,16 @@ class Task:
         batches: Data, held in memory.
         loss_fn: `loss_fn(output, target)` giving a scalar; the target is None if there was none.
         distributed: Average what is measured over all ranks, and prune alike on all of them.
+        notes: What a report should say of layers, by name.
+        reached: How often a loss did and did not depend on a layer, by name.
     """
 
     model: nn.Module
     batches: Sequence[Batch] = ()
     loss_fn: Callable | None = None
     distributed: bool = False
+    notes: dict[str, str] = field(default_factory=dict, compare=False)
+    reached: dict[str, list[int]] = field(default_factory=dict, compare=False)
 
     @contextmanager
     def scoring(self, layers: Sequence[Layer], training: bool = False) -> Iterator[None]:
@@ -92,10 +96,10 @@ class Task:
             layers: A weight that several parameters share gets the sum of their gradients.
             graph: Build a graph of the gradients, so that they can be differentiated again.
             keep: Keep the graph of the loss for another call.
-            partial: Give 0 for a layer that the loss does not depend on, instead of refusing.
+            partial: Do not count for `check_reached`.
 
-        Raises:
-            ValueError: The loss does not depend on a layer.
+        Returns:
+            One per layer, 0 where the loss does not depend on it (an expert that a batch misses).
         """
         groups = [parameters_of(self.model, layer) for layer in layers]
         flat = [p for group in groups for p in group]
@@ -104,14 +108,23 @@ class Task:
         gradients = []
         for layer, group in zip(layers, groups):
             parts = [g for g in (next(found) for _ in group) if g is not None]
-            if not parts and not partial:
-                raise ValueError(
-                    f"prune: expected a loss that depends on layer {layer.name!r}, got one that "
-                    "does not; add the layer to ignore"
-                )
+            if not partial:
+                self.reached.setdefault(layer.name, [0, 0])[not parts] += 1
             total = sum(parts[1:], parts[0]) if parts else torch.zeros_like(group[0])
             gradients.append(layer.oriented(_at_least_float32(total)))
         return gradients
+
+    def check_reached(self) -> None:
+        """Refuse layers that no loss depended on; note those that some batches missed."""
+        for name, (hits, misses) in self.reached.items():
+            if not hits:
+                raise ValueError(
+                    f"prune: expected a loss that depends on layer {name!r}, got one that does "
+                    "not; add the layer to ignore"
+                )
+            if misses:
+                self.notes[name] = "not all batches reach it; its score sums those that do"
+        self.reached.clear()
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Average over the ranks in place, if this task is distributed."""

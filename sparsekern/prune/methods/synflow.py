@@ -58,7 +58,8 @@ class SynFlow(Method):
             if gradient is None or not bool(torch.isfinite(gradient).all()):
                 got = "none" if gradient is None else "Inf or NaN"
                 raise ValueError(
-                    f"prune: expected a finite flow through layer {layer.name!r}, got {got}"
+                    f"prune: expected a finite flow through layer {layer.name!r} for an input of "
+                    f"ones, got {got}; add the layer to ignore"
                 )
             totals.append(layer.oriented(gradient * weight.detach()))
         return totals
