@@ -6,6 +6,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from ..patterns import Pattern
+from .collapse import warn_of_collapse
 from .job import prepare
 from .report import PruneReport, make_report
 
@@ -65,7 +66,10 @@ def prune(
         **method_options: Fields of the method's class, as `seed=` or `percdamp=`.
 
     Returns:
-        The report. Layers the pattern cannot divide are left out, with the reason.
+        The report. It lists every weight that was left as it is, with its size and the reason:
+        layers the pattern cannot divide, weights that are computed, other types of layer. A layer
+        that the data does not reach is pruned by magnitude, and its `note` says so. A warning names
+        layers of which next to nothing is left.
 
     Raises:
         ValueError: A bad value, no prunable layer, weights that are NaN, Inf or on meta, missing
@@ -76,8 +80,10 @@ def prune(
     common = (pattern, scope, data, loss_fn, targets, ignore, method_options)
     job, skipped = prepare(model, method, sparsity, *common, distributed=distributed)
     layers = [replace(layer, alive=_nonzero(layer.weight)) for layer in job.layers]
-    replace(job, layers=layers, progress=progress).run()
-    return make_report(method, job.pattern, job.scope, job.layers, skipped)
+    masks = replace(job, layers=layers, progress=progress).run()
+    warn_of_collapse("prune", layers, masks, job.scope)
+    where = skipped, job.task.model, job.task.notes
+    return make_report(method, job.pattern, job.scope, job.layers, *where)
 
 
 def _nonzero(weight: Tensor) -> Tensor | None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..patterns import Unstructured, detect
 from .plots import new_figure
-from .report import PruneReport, make_report
+from .left import all_reasons, find_left
+from .report import AS_THEY_ARE, PruneReport, make_report
 from .targets import find_layers
 
 
@@ -76,7 +77,7 @@ def weight_histogram(
     """
     if not isinstance(bins, int) or isinstance(bins, bool) or bins < 1:
         raise ValueError(f"weight_histogram: expected bins to be an int >= 1, got {bins!r}")
-    layers, _ = find_layers(model, targets, ignore, Unstructured())
+    layers, _ = find_layers(model, targets, ignore, Unstructured(), sparse=True)
     result = WeightHistogram({}, {}, {})
     for layer in layers:
         weight = layer.weight.double().cpu().flatten()
@@ -98,28 +99,41 @@ def sparsity_report(
         ValueError: No layer to look at.
         TypeError: An argument of the wrong type.
     """
-    layers, skipped = find_layers(model, targets, ignore, Unstructured())
+    layers, skipped = find_layers(model, targets, ignore, Unstructured(), sparse=True)
     rows = [
         row
         for layer in layers
-        for row in make_report("", detect(layer.weight), "", [layer], {}).layers
+        for row in make_report("", detect(layer.weight), "", [layer], {}, layer.module).layers
     ]
-    return PruneReport("weights as they are", "detected", "per layer", tuple(rows), skipped)
+    left = find_left(model, layers, skipped)
+    reasons = all_reasons(skipped, left)
+    return PruneReport(AS_THEY_ARE, "detected", "per layer", tuple(rows), reasons, left)
 
 
 def layer_collapse(
     model: nn.Module,
     targets: type | Sequence[type] = (nn.Linear, nn.Conv2d),
     ignore: str | type | Sequence[str | type] = (),
+    threshold: float = 0.0,
 ) -> list[str]:
-    """Name the layers whose weights are all zero: nothing gets through, the network is dead there.
+    """Name the layers of which at most a share `threshold` of the weights is not zero.
+
+    By default those whose weights are all zero: nothing gets through, the network is dead there
+    (layer collapse, Tanaka et al. 2020, arXiv:2006.05467).
 
     Raises:
-        ValueError: No layer to look at.
+        ValueError: No layer to look at, or a threshold outside of [0, 1].
         TypeError: An argument of the wrong type.
     """
-    layers, _ = find_layers(model, targets, ignore, Unstructured())
-    return [layer.name for layer in layers if not bool(layer.weight.any())]
+    number = isinstance(threshold, int | float) and not isinstance(threshold, bool)
+    if not number or not 0 <= threshold <= 1:
+        raise ValueError(f"layer_collapse: expected threshold in [0, 1], got {threshold!r}")
+    layers, _ = find_layers(model, targets, ignore, Unstructured(), sparse=True)
+    return [layer.name for layer in layers if _kept_share(layer.weight) <= threshold]
+
+
+def _kept_share(weight: Tensor) -> float:
+    return int(weight.count_nonzero()) / weight.numel()
 
 
 def mask_overlap(
@@ -153,6 +167,6 @@ def mask_overlap(
 
 def _masks_of(source) -> dict[str, Tensor]:
     if isinstance(source, nn.Module):
-        layers, _ = find_layers(source, (nn.Linear, nn.Conv2d), (), Unstructured())
+        layers, _ = find_layers(source, (nn.Linear, nn.Conv2d), (), Unstructured(), sparse=True)
         return {layer.name: layer.weight != 0 for layer in layers}
     return {name: mask != 0 for name, mask in source.items()}

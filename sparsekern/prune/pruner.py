@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..patterns import NM, Pattern
 from . import sync
+from .collapse import warn_of_collapse
 from .guard import Guard
 from .job import DEFAULT_SPARSITY, Job, prepare
 from .methods.base import Method, zero_out
@@ -107,6 +108,7 @@ class Pruner:
         self._slots = [Slot(la, parameters_of(self.model, la)) for la in self._job.layers]
         self._check_free()
         self._finished = self._pruned = False
+        self._collapsed: set[str] = set()
         self._undo: list[tuple[Tensor, int]] | None = None
         self._guard = Guard(
             self._job.method, self._method_now, self._slots, self._watches, self._is_over
@@ -144,7 +146,8 @@ class Pruner:
     def report(self) -> PruneReport:
         """Count the zeros that are in the weights now."""
         job = self._job
-        return make_report(self._name, job.pattern, job.scope, self.layers, self._skipped)
+        where = self.layers, self._skipped, self.model, job.task.notes
+        return make_report(self._name, job.pattern, job.scope, *where)
 
     @property
     def layers(self) -> list[Layer]:
@@ -328,6 +331,7 @@ class Pruner:
                 slot.layer.weight.clone() if method.returning else None for slot in self._slots
             ]
             masks = self._choose(sparsity)
+        warn_of_collapse("Pruner", self.layers, masks, self._job.scope, self._collapsed)
         for slot, mask, values in zip(self._slots, masks, dense):
             self._install(slot, mask)
             if method.returning and not self._is_over():

@@ -13,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import UninitializedTensorMixin
 
 from ..patterns import Pattern
+from ..weight_base import SparseWeight
+from .computed import why_computed, why_not_multiplied
 
 
 @dataclass(frozen=True)
@@ -21,16 +23,28 @@ class Layer:
 
     Attributes:
         alive: None, or the weights that earlier prunings left, boolean `(out, in, *kernel)`.
+        note: What a report should say of the layer.
     """
 
     name: str
     module: nn.Module
     aliases: tuple[str, ...] = ()
     alive: Tensor | None = field(default=None, compare=False)
+    note: str = ""
+
+    @property
+    def is_plain(self) -> bool:
+        """False for a sparse layer, which can be looked at and not be pruned."""
+        return not isinstance(self.module.weight, SparseWeight)
 
     @property
     def weight(self) -> Tensor:
-        """The weight as `(out, in, *kernel)`, sharing memory with the parameter."""
+        """The weight as `(out, in, *kernel)`, sharing memory with the parameter.
+
+        Of a sparse layer a dense copy.
+        """
+        if not self.is_plain:
+            return self.module.weight.to_dense().detach()
         return self.oriented(self.module.weight.detach())
 
     def oriented(self, tensor: Tensor) -> Tensor:
@@ -60,16 +74,21 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def parameters_of(model: nn.Module, layer: Layer) -> list[nn.Parameter]:
     """List the parameters over a layer's memory: its own, and others tied to it by memory alone."""
     own = layer.module.weight
-    key = _memory_key(own)
+    key = memory_key(own)
     return [own] + [
         p
         for p in model.parameters()
-        if p is not own and p.shape == own.shape and _memory_key(p) == key
+        if p is not own and p.shape == own.shape and memory_key(p) == key
     ]
 
 
-def find_layers(model, targets, ignore, pattern: Pattern) -> tuple[list[Layer], dict[str, str]]:
+def find_layers(
+    model, targets, ignore, pattern: Pattern, sparse: bool = False
+) -> tuple[list[Layer], dict[str, str]]:
     """List the weights to prune, all checked, and the layers left out.
+
+    `ignore` counts before any check of a weight. `sparse` lists the sparse layers of a converted
+    model, too; they can be looked at and not be pruned.
 
     Returns:
         The layers in module order, and for each left-out name the reason.
@@ -77,18 +96,25 @@ def find_layers(model, targets, ignore, pattern: Pattern) -> tuple[list[Layer], 
     Raises:
         TypeError: `model`, `targets` or `ignore` of a wrong type.
         ValueError: No layer left, an `ignore` entry that matches nothing, or a weight that cannot
-            be pruned (on meta, not floating point, NaN or Inf, sharded, or computed by a
-            parametrization).
+            be pruned (on meta, not floating point, NaN or Inf, lazy, or sharded).
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"prune: expected a torch.nn.Module, got {type(model).__name__}")
-    _refuse_shards(model)
     kinds = _check_targets(targets)
-    owners = _owners(model)
     entries = check_ignore(model, ignore)
+    _refuse_shards(model, entries)
+    owners = _owners(model)
     layers, skipped, seen = [], {}, set()
     for name, module in model.named_modules():
+        if sparse and _is_sparse_target(module, kinds):
+            if any(ignores(entry, name, module) for entry in entries):
+                skipped[name] = "ignored"
+            else:
+                layers.append(Layer(name, module))
         if not _is_target(module, kinds):
+            continue
+        if reason := _reason_before_checks(model, name, module, entries):
+            skipped[name] = reason
             continue
         key = _weight_key(name, module)
         if key in seen:
@@ -96,12 +122,15 @@ def find_layers(model, targets, ignore, pattern: Pattern) -> tuple[list[Layer], 
         seen.add(key)
         names = [name, *(other for other, _ in owners.get(key, []) if other != name)]
         reason = _reason_to_skip(name, module, owners.get(key, []), entries, pattern)
+        note = ""
+        if not reason:
+            reason, note = why_not_multiplied(module)
         if reason:
             skipped[name] = reason
         else:
-            layers.append(Layer(name, module, tuple(names[1:])))
+            layers.append(Layer(name, module, tuple(names[1:]), note=note))
     if not layers:
-        raise ValueError(f"prune: expected a model with a prunable layer, got {_why_none(skipped)}")
+        _refuse_none(model, kinds, skipped)
     return layers, skipped
 
 
@@ -117,13 +146,15 @@ def restored_on_error(layers: Iterable[Layer]) -> Iterator[None]:
         raise
 
 
-def _refuse_shards(model: nn.Module) -> None:
+def _refuse_shards(model: nn.Module, entries: list) -> None:
     """Refuse weights of which each rank holds a part: a mask needs the whole.
 
     Told by the marks that FSDP leaves, so that torch.distributed.fsdp need not be imported. Both
     of its forms can leave a weight as a flat or an empty one on some ranks.
     """
     for name, module in model.named_modules():
+        if any(ignores(entry, name, module) for entry in entries):
+            continue
         if any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__):
             _refuse_shard(name or "(model)", "FullyShardedDataParallel")
         for own, parameter in module._parameters.items():
@@ -160,19 +191,40 @@ def _is_target(module: nn.Module, kinds: tuple[type, ...]) -> bool:
     return isinstance(module, kinds)
 
 
+def _is_sparse_target(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+    weight = module._modules.get("weight")
+    dense = nn.Linear if len(getattr(weight, "shape", ())) == 2 else nn.Conv2d
+    return isinstance(weight, SparseWeight) and any(issubclass(dense, kind) for kind in kinds)
+
+
+def is_adapter(model: nn.Module, name: str) -> bool:
+    """True for what PEFT hangs beside a layer (LoRA and its like), told by names alone."""
+    parts = name.split(".")
+    if any(part.lower().startswith("lora_") for part in parts):
+        return True
+    for end in range(len(parts)):
+        around = model.get_submodule(".".join(parts[:end]))
+        if any(base.__name__ == "BaseTunerLayer" for base in type(around).__mro__):
+            return parts[end] != "base_layer"
+    return False
+
+
+def _reason_before_checks(model, name: str, module: nn.Module, entries: list) -> str | None:
+    if any(ignores(entry, name, module) for entry in entries):
+        return "ignored"
+    if is_adapter(model, name):
+        return "is an adapter, which stays as it is"
+    return why_computed(module)
+
+
 def _weight_key(name: str, module: nn.Module):
-    weight = module._parameters.get("weight")
-    if weight is None:
-        raise ValueError(
-            f"prune: expected layer {name!r} to hold its weight as a plain parameter, got one that "
-            "is computed (a parametrization?); remove that first or ignore the layer"
-        )
+    weight = module._parameters["weight"]
     if isinstance(weight, UninitializedTensorMixin):
         raise ValueError(f"prune: expected layer {name!r} to be initialized, got a lazy weight")
-    return _memory_key(weight)
+    return memory_key(weight)
 
 
-def _memory_key(weight: Tensor):
+def memory_key(weight: Tensor):
     # Weights can be tied as one parameter or as two parameters over the same memory.
     if weight.is_meta or weight.numel() == 0:
         return id(weight)
@@ -184,7 +236,7 @@ def _owners(model: nn.Module) -> dict:
     for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
             if parameter is not None and not isinstance(parameter, UninitializedTensorMixin):
-                owners.setdefault(_memory_key(parameter), []).append((name, module))
+                owners.setdefault(memory_key(parameter), []).append((name, module))
     return owners
 
 
@@ -241,6 +293,11 @@ def _check_values(name: str, weight: Tensor) -> None:
         raise ValueError(f"prune: expected finite weights in layer {name!r}, got NaN or Inf")
 
 
-def _why_none(skipped: dict[str, str]) -> str:
-    reasons = "; ".join(f"{name!r} {reason}" for name, reason in skipped.items())
-    return reasons if reasons else "none of the target types"
+def _refuse_none(model: nn.Module, kinds: tuple[type, ...], skipped: dict[str, str]) -> None:
+    from .left import find_left, name_found
+
+    got = "; ".join(f"{name!r} {reason}" for name, reason in skipped.items())
+    if not got:
+        names = ", ".join(kind.__name__ for kind in kinds)
+        got = f"none of the target types ({names}); {name_found(find_left(model))}"
+    raise ValueError(f"prune: expected a model with a prunable layer, got {got}")

@@ -1,0 +1,54 @@
+"""Layer collapse: a layer of which next to nothing is left, while others keep much more."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from .targets import Layer
+
+# Of the average share of kept weights. Global rankings spread layers by less than this: what lies
+# below, and reaches less than a tenth of its outputs or inputs, no longer passes a signal on.
+SMALL = 0.1
+
+
+def warn_of_collapse(
+    op: str, layers: Sequence[Layer], masks: Sequence[Tensor], scope, told: set[str] | None = None
+) -> None:
+    """Warn of layers that keep less than a tenth of the average, and of their outputs or inputs.
+
+    Tanaka et al. 2020, arXiv:2006.05467: a layer that passes nothing on ends the network, however
+    many weights the others keep. A dict for `scope` asks for what it gets; it is not warned of.
+
+    Args:
+        op: Who warns.
+        layers: The layers, with what was alive before.
+        masks: What they keep, boolean `(out, in, *kernel)`.
+        scope: The scope.
+        told: Layers that were named before; the ones named now are added.
+    """
+    told = set() if told is None else told
+    kept = [int(mask.count_nonzero()) for mask in masks]
+    average = sum(kept) / max(1, sum(mask.numel() for mask in masks))
+    if isinstance(scope, Mapping):
+        return
+    small = []
+    for layer, mask, count in zip(layers, masks, kept, strict=True):
+        before = mask.numel() if layer.alive is None else int(layer.alive.count_nonzero())
+        is_small = count < SMALL * average * mask.numel() and count < before
+        if is_small and _reach(mask) < SMALL and layer.name not in told:
+            told.add(layer.name)
+            small.append(f"{layer.name or '(model)'!r} ({count:,} of {mask.numel():,})")
+    if small:
+        warnings.warn(
+            f"{op}: expected every layer to keep enough weights to pass a signal on, got a "
+            f"collapse of {', '.join(small)}; scope='uniform', 'erk' or 'lamp' avoids it, or a "
+            "dict that gives these layers a sparsity of their own",
+            stacklevel=3,
+        )
+
+
+def _reach(mask: Tensor) -> float:
+    """Share of outputs or of inputs that have a weight, the smaller one."""
+    rows = mask.flatten(2).any(2) if mask.ndim > 2 else mask
+    return min(float(rows.any(axis).float().mean()) for axis in (0, 1))
