@@ -343,7 +343,7 @@ def test_damping_that_is_too_little_is_raised_with_a_warning():
     torch.testing.assert_close(raised.weight, wanted.weight)
 
 
-def test_layers_without_data_are_named_and_the_model_put_back():
+def test_layers_without_data_are_pruned_by_magnitude_with_a_note():
     class Skips(nn.Module):
         def __init__(self):
             super().__init__()
@@ -354,8 +354,15 @@ def test_layers_without_data_are_named_and_the_model_put_back():
 
     model = Skips()
     before = copy.deepcopy(model)
-    with pytest.raises(ValueError, match="data to reach layer 'unused', got no call of it; add"):
-        prune(model, "wanda", data=correlated())
+    for scope in ("uniform", "global"):
+        pruned, wanted = copy.deepcopy(before), copy.deepcopy(before.unused)
+        report = prune(pruned, "wanda", 0.5, scope=scope, data=correlated())
+        assert "by magnitude, as no batch reaches it" in report.layers[1].note
+        assert report.layers[0].note == "" and "unused: pruned by magnitude" in str(report)
+        prune(wanted, "magnitude", 0.5)
+        assert torch.equal(pruned.unused.weight, wanted.weight)
+    with pytest.raises(ValueError, match="data to reach a layer, got no call of 'unused'"):
+        prune(model, "wanda", data=correlated(), ignore="used")
     assert same_weights(model, before)
     assert prune(model, "wanda", data=correlated(), ignore="unused").zeros == 518
 

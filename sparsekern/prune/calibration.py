@@ -55,12 +55,15 @@ class Calibration:
         order += [i for i in range(len(layers)) if i not in set(calls)]
         self.stages = _split(order, layers) if sequential else [order]
 
-    def gather(self, stage: Sequence[int], statistic: Callable) -> dict[int, Tensor]:
+    def gather(
+        self, stage: Sequence[int], statistic: Callable, partial: bool = False
+    ) -> dict[int, Tensor]:
         """Sum `statistic(layer, rows)` over all batches for the layers of a stage.
 
         Args:
             stage: Indices of layers.
             statistic: From a layer and its input rows `(groups, T, fan_in)` to a float64 tensor.
+            partial: Leave out a layer that was never called, instead of refusing.
 
         Raises:
             ValueError: A layer was never called, or its inputs are not finite.
@@ -76,8 +79,31 @@ class Calibration:
 
             self._visit(stage, batch, add)
         for index in stage:
-            _check_sum(self.layers[index].name, sums.get(index))
+            if index not in sums and not partial:
+                raise ValueError(self._unreached(index))
+            if index in sums and not bool(torch.isfinite(sums[index]).all()):
+                raise ValueError(
+                    f"prune: expected finite inputs of layer {self.layers[index].name!r}, got NaN "
+                    "or Inf"
+                )
         return sums
+
+    def why_unreached(self, index: int) -> str:
+        """Say why no input of a layer was seen."""
+        name = self.layers[index].name
+        above, _, _ = name.rpartition(".")
+        parents = [above, above.rpartition(".")[0]] if name else []
+        for parent in parents:
+            kind = type(self.model.get_submodule(parent))
+            if issubclass(kind, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+                return f"{kind.__name__} {parent!r} reads its weight itself and never calls it"
+        return "no batch reaches it"
+
+    def _unreached(self, index: int) -> str:
+        return (
+            f"prune: expected the calibration data to reach layer {self.layers[index].name!r}, got "
+            f"no call of it ({self.why_unreached(index)}); add the layer to ignore"
+        )
 
     def inputs(self, stage: Sequence[int], batch: Batch) -> dict[int, list[Tensor]]:
         """Copy what the layers of a stage take in during one batch, call by call.
@@ -88,7 +114,8 @@ class Calibration:
         seen: dict[int, list[Tensor]] = {index: [] for index in stage}
         self._visit(stage, batch, lambda index, inputs: seen[index].append(inputs.clone()))
         for index in stage:
-            _check_reached(self.layers[index].name, bool(seen[index]))
+            if not seen[index]:
+                raise ValueError(self._unreached(index))
         return seen
 
     def _visit(self, stage: Sequence[int], batch: Batch, act: Callable) -> None:
@@ -186,17 +213,3 @@ def token_mask(kwargs: Mapping) -> Tensor | None:
     """The attention mask among keyword inputs, boolean `(batch, length)`, or None."""
     mask = kwargs.get("attention_mask")
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-
-def _check_reached(name: str, reached: bool) -> None:
-    if not reached:
-        raise ValueError(
-            f"prune: expected the calibration data to reach layer {name!r}, got no call of it; "
-            "add the layer to ignore"
-        )
-
-
-def _check_sum(name: str, total: Tensor | None) -> None:
-    _check_reached(name, total is not None)
-    if not bool(torch.isfinite(total).all()):
-        raise ValueError(f"prune: expected finite inputs of layer {name!r}, got NaN or Inf")

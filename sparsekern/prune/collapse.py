@@ -44,7 +44,7 @@ def warn_of_collapse(
             f"{op}: expected every layer to keep enough weights to pass a signal on, got a "
             f"collapse of {', '.join(small)}; scope='uniform', 'erk' or 'lamp' avoids it, or a "
             "dict that gives these layers a sparsity of their own",
-            stacklevel=3,
+            stacklevel=3 if op == "prune" else 4,  # to the line that called us
         )
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..patterns import Unstructured, detect
-from .plots import new_figure
 from .left import all_reasons, find_left
+from .plots import new_figure
 from .report import AS_THEY_ARE, PruneReport, make_report
 from .targets import find_layers
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from ..patterns import Pattern
 from .left import LeftWeight, all_reasons, find_left
 
-
 AS_THEY_ARE = "weights as they are"
 
 
@@ -141,7 +140,8 @@ class PruneReport:
 
         table = Table(title="left as it is", title_justify="left")
         for name in ("weight", "shape", "weights", "of model", "why"):
-            table.add_column(name, justify="right" if name in ("weights", "of model") else "left")
+            side = "right" if name in ("weights", "of model") else "left"
+            table.add_column(name, justify=side, overflow="fold")
         for row in self.left:
             shape, share = " x ".join(map(str, row.shape)), row.total / max(1, self.model_total)
             cells = f"{row.total:,}", f"{share:.2%}", row.reason
@@ -154,9 +154,7 @@ class PruneReport:
         return table
 
     def _summary(self) -> str:
-        lines = [
-            f"{layer.name or '(model)'}: {layer.note}" for layer in self.layers if layer.note
-        ]
+        lines = [f"{layer.name or '(model)'}: {layer.note}" for layer in self.layers if layer.note]
         done = "pruned layers" if self.method != AS_THEY_ARE else "layers above"
         lines.append(f"{done}: {self.sparsity:.2%} of {self.total:,} weights are zero")
         lines.append(
