@@ -56,14 +56,14 @@ class Calibration:
         self.stages = _split(order, layers) if sequential else [order]
 
     def gather(
-        self, stage: Sequence[int], statistic: Callable, unreached: dict[int, str] | None = None
+        self, stage: Sequence[int], statistic: Callable, partial: bool = False
     ) -> dict[int, Tensor]:
         """Sum `statistic(layer, rows)` over all batches for the layers of a stage.
 
         Args:
             stage: Indices of layers.
             statistic: From a layer and its input rows `(groups, T, fan_in)` to a float64 tensor.
-            unreached: Takes why a layer was never called, by index, instead of an error.
+            partial: Leave out a layer that was never called, instead of refusing.
 
         Raises:
             ValueError: A layer was never called, or its inputs are not finite.
@@ -79,13 +79,31 @@ class Calibration:
 
             self._visit(stage, batch, add)
         for index in stage:
-            if index in sums:
-                _check_sum(self.layers[index].name, sums[index])
-            elif unreached is None:
-                self._refuse_unreached(index)
-            else:
-                unreached[index] = why_unreached(self.model, self.layers[index])
+            if index not in sums and not partial:
+                raise ValueError(self._unreached(index))
+            if index in sums and not bool(torch.isfinite(sums[index]).all()):
+                raise ValueError(
+                    f"prune: expected finite inputs of layer {self.layers[index].name!r}, got NaN "
+                    "or Inf"
+                )
         return sums
+
+    def why_unreached(self, index: int) -> str:
+        """Say why no input of a layer was seen."""
+        name = self.layers[index].name
+        above, _, _ = name.rpartition(".")
+        parents = [above, above.rpartition(".")[0]] if name else []
+        for parent in parents:
+            kind = type(self.model.get_submodule(parent))
+            if issubclass(kind, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+                return f"{kind.__name__} {parent!r} reads its weight itself and never calls it"
+        return "no batch reaches it"
+
+    def _unreached(self, index: int) -> str:
+        return (
+            f"prune: expected the calibration data to reach layer {self.layers[index].name!r}, got "
+            f"no call of it ({self.why_unreached(index)}); add the layer to ignore"
+        )
 
     def inputs(self, stage: Sequence[int], batch: Batch) -> dict[int, list[Tensor]]:
         """Copy what the layers of a stage take in during one batch, call by call.
@@ -97,15 +115,8 @@ class Calibration:
         self._visit(stage, batch, lambda index, inputs: seen[index].append(inputs.clone()))
         for index in stage:
             if not seen[index]:
-                self._refuse_unreached(index)
+                raise ValueError(self._unreached(index))
         return seen
-
-    def _refuse_unreached(self, index: int) -> None:
-        layer = self.layers[index]
-        raise ValueError(
-            f"prune: expected the calibration data to reach layer {layer.name!r}, got no call of "
-            f"it: {why_unreached(self.model, layer)}; add the layer to ignore"
-        )
 
     def _visit(self, stage: Sequence[int], batch: Batch, act: Callable) -> None:
         """Call `act(index, inputs)` for every call of a layer of the stage."""
@@ -202,16 +213,3 @@ def token_mask(kwargs: Mapping) -> Tensor | None:
     """The attention mask among keyword inputs, boolean `(batch, length)`, or None."""
     mask = kwargs.get("attention_mask")
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-
-def why_unreached(model: nn.Module, layer: Layer) -> str:
-    """Say why no data was seen at a layer."""
-    parent = model.get_submodule(layer.name.rpartition(".")[0])
-    if isinstance(parent, nn.MultiheadAttention):
-        return "its parent MultiheadAttention reads the weight itself instead of calling the layer"
-    return "no batch reaches it"
-
-
-def _check_sum(name: str, total: Tensor) -> None:
-    if not bool(torch.isfinite(total).all()):
-        raise ValueError(f"prune: expected finite inputs of layer {name!r}, got NaN or Inf")

@@ -1,7 +1,6 @@
 """Layers that multiply by another weight than the parameter that they hold."""
 
 import copy
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +84,7 @@ def _run_probe(module: nn.Module) -> "_Watch":
     twin = copy.deepcopy(module, {id(weight): probe}).eval()
     watch = _Watch(probe)
     devices = [weight.device] if weight.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices), nullcontext():
+    with torch.no_grad(), torch.random.fork_rng(devices):
         for parameter in twin.parameters():
             # What is added to the weight may be 0 so far, as in LoRA.
             if parameter is not probe and parameter.is_floating_point():
@@ -130,8 +129,11 @@ class _Watch(TorchDispatchMode):
         if value.data_ptr() == weight.data_ptr() and value.numel() == weight.numel():
             self.kept = True
             return
-        value, weight = value.squeeze(), weight.squeeze()
-        ways = [way for way in (value, value.mT if value.ndim > 1 else value)
-                if way.shape == weight.shape]  # fmt: skip
-        if ways and self.kept is not True:
-            self.kept = not all(bool(way[weight == 0].any()) for way in ways)
+        if value.ndim < 2 or self.kept is True:
+            return
+        seen, zero = value.squeeze(), (weight == 0).squeeze()
+        # Square weights do not tell whether they are transposed: either will do.
+        sides = (seen, seen.T) if seen.ndim == 2 else (seen,)
+        fits = [not bool(side[zero].any()) for side in sides if side.shape == zero.shape]
+        if fits:
+            self.kept = any(fits)

@@ -119,6 +119,7 @@ class Job:
 
     def run(self) -> list[Tensor]:
         """Choose the masks and set the dropped weights to zero; puts them back on failure."""
+        self.task.notes.clear()
         if self.method.statistic is not None:
             return self._run_in_stages()
         rounds = 1 if isinstance(self.pattern, NM) else self.method.rounds
@@ -155,9 +156,7 @@ class Job:
         """Choose all masks from the weights as they are, then apply them."""
         totals = self.totals
         if totals is None:
-            self.task.reached.clear()
             totals = self.method.measure(self.task, self.layers, self.pattern)
-            self.task.check_reached()
             self.task.average([t for t in totals if t is not None])
         if self._ranks_globally:
             masks = self._choose_globally(totals)
@@ -176,7 +175,7 @@ class Job:
             for layer, total in zip(self.layers, totals)
         ]
         masks = []
-        for layer, units in zip(self.layers, self._rank(scores)):
+        for layer, units in zip(self.layers, self._rank(scores, self.layers)):
             weight = layer.weight
             mask = self.pattern.expand(units, weight.shape).to(weight.device)
             masks.append(_own(mask if layer.alive is None else mask & layer.alive))
@@ -192,25 +191,39 @@ class Job:
             budget = self._global_budget(runs) if self._ranks_globally else self._budget()
             for stage in self._track(runs.stages):
                 totals = self._gather(runs, stage)
-                found = self._each_layer(self._prune_layer, stage, budget, totals)
+                found = self._each_layer(self.method.prune_layer, stage, budget, totals)
                 self.task.agree([*found, *(self.layers[i].weight for i in stage)])
                 masks.update(zip(stage, found))
+            self._refuse_no_data()
         return [masks[i] for i in range(len(self.layers))]
 
     def _gather(self, runs: Calibration, stage) -> dict[int, Tensor]:
-        # Ranks whose data reach different layers would have nothing to agree on.
-        unreached = None if self.task.distributed else {}
-        totals = runs.gather(stage, self.method.statistic, unreached)
-        for i, why in (unreached or {}).items():
-            self.task.notes[self.layers[i].name] = f"pruned by magnitude, as {why}"
+        """Statistics of the layers of a stage; a layer that no batch reaches gets a note."""
+        totals = runs.gather(stage, self.method.statistic, partial=True)
+        hits = torch.tensor([float(i in totals) for i in stage])
+        hits = hits.to(self.layers[stage[0]].weight.device)
+        self.task.average([hits])
+        seen = [i for i, hit in zip(stage, hits.tolist()) if hit]
+        for i in seen:
+            totals.setdefault(i, self.method.statistic(self.layers[i], self._no_rows(i)))
         self.task.average([totals[i] for i in sorted(totals)])
+        for i in set(stage) - set(seen):
+            why = runs.why_unreached(i)
+            self.task.notes[self.layers[i].name] = f"pruned by magnitude, as {why}"
         return totals
 
-    def _prune_layer(
-        self, layer: Layer, pattern: Pattern, kept: float, total: Tensor | None, by_row: bool
-    ) -> Tensor:
-        method = Magnitude() if total is None else self.method
-        return method.prune_layer(layer, pattern, kept, total, by_row)
+    def _no_rows(self, index: int) -> Tensor:
+        weight = self.layers[index].weight
+        return weight.new_empty(self.layers[index].groups, 0, weight[0].numel())
+
+    def _refuse_no_data(self) -> None:
+        if all(layer.name in self.task.notes for layer in self.layers):
+            name = self.layers[0].name
+            why = self.task.notes[name].partition(", as ")[2]
+            raise ValueError(
+                f"prune: expected the calibration data to reach a layer, got no call of {name!r} "
+                f"({why}) or any other"
+            )
 
     def _budget(self) -> Budget:
         return allocate(self.scope, self.layers, self.pattern, self.sparsity)
@@ -221,21 +234,25 @@ class Job:
             totals = self._gather(runs, stage)
             for i in totals:
                 scores[i] = self.method.unit_ranks(self.layers[i], self.pattern, totals[i]).cpu()
-        for i in range(len(self.layers)):
-            if i not in scores:
-                scores[i] = _like_others(self._magnitudes(i), scores.values())
-        units = self._rank([scores[i] for i in range(len(self.layers))])
-        shapes = [layer.weight.shape for layer in self.layers]
-        sizes = [self.pattern.unit_sizes(shape) for shape in shapes]
-        return Budget([weights_in(u, size) for u, size in zip(units, sizes)])
+        self._refuse_no_data()
+        ranked = sorted(scores)
+        units = self._rank([scores[i] for i in ranked], [self.layers[i] for i in ranked])
+        sizes = [self.pattern.unit_sizes(self.layers[i].weight.shape) for i in ranked]
+        # A layer without data cannot be compared with the others: it gets the sparsity of all.
+        kept = [kept_weights(layer.weight.numel(), self.sparsity) for layer in self.layers]
+        for i, chosen, size in zip(ranked, units, sizes):
+            kept[i] = weights_in(chosen, size)
+        return Budget(kept)
 
-    def _magnitudes(self, i: int) -> Tensor:
-        return Magnitude().unit_ranks(self.layers[i], self.pattern).cpu()
-
-    def _rank(self, scores: list[Tensor]) -> list[Tensor]:
-        shapes = [layer.weight.shape for layer in self.layers]
+    def _rank(self, scores: list[Tensor], layers: Sequence[Layer]) -> list[Tensor]:
+        shapes = [layer.weight.shape for layer in layers]
         kept = kept_weights(sum(s.numel() for s in shapes), self.sparsity)
         return rank_globally(scores, [self.pattern.unit_sizes(s) for s in shapes], kept)
+
+    def _act(self, act, i: int, kept: float, total: Tensor | None, by_row: bool) -> Tensor:
+        if total is None and self.method.statistic is not None:
+            act, by_row = Magnitude().prune_layer, False
+        return act(self.layers[i], self.pattern, kept, total, by_row)
 
     def _each_layer(self, act, indices, budget: Budget, totals: Mapping) -> list[Tensor]:
         masks = []
@@ -246,19 +263,10 @@ class Job:
                 mask = whole if layer.alive is None else layer.alive.clone()
             else:
                 by_row = self.method.by_row and not self._ranks_globally
-                mask = act(layer, self.pattern, kept, totals.get(i), by_row)
+                mask = self._act(act, i, kept, totals.get(i), by_row)
             budget.settle(i, int(mask.count_nonzero()))
             masks.append(_own(mask))
         return masks
-
-
-def _like_others(ranks: Tensor, others: Iterable[Tensor]) -> Tensor:
-    """Ranks of another kind, scaled to the mean of those they are compared with."""
-    means = [r[r.isfinite()].double().mean() for r in (ranks, *others)]
-    known = [m for m in means[1:] if m.isfinite()]
-    if not known or not means[0] > 0:
-        return ranks
-    return ranks * (sum(known) / len(known) / means[0]).to(ranks.dtype)
 
 
 def _own(mask: Tensor) -> Tensor:

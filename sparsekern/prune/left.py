@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.conv import _ConvTransposeNd as _Transposed
 from torch.nn.parameter import UninitializedTensorMixin
 
 from ..weight_base import SparseWeight
@@ -66,7 +64,12 @@ def find_left(
 
 def all_reasons(skipped: Mapping[str, str], left: Sequence[LeftWeight]) -> dict[str, str]:
     """Reasons for everything that was left out, layers that were considered first."""
-    return {**skipped, **{row.name: row.reason for row in left if row.name not in skipped}}
+
+    def is_new(row: LeftWeight) -> bool:
+        inside = (n for n in skipped if not n or row.name == n or row.name.startswith(f"{n}."))
+        return not any(skipped[name] == row.reason for name in inside)
+
+    return {**skipped, **{row.name: row.reason for row in left if is_new(row)}}
 
 
 def name_found(left: Sequence[LeftWeight]) -> str:
@@ -110,6 +113,14 @@ def _row(model, name, module, full, own, weight, skipped) -> LeftWeight:
     return LeftWeight(full, kind, tuple(weight.shape), _zeros(held), weight.numel(), reason)
 
 
+def _target_kind(module: nn.Module) -> str | None:
+    """Name of the type that `targets` takes for a module; None if there is none."""
+    if is_conv1d_of_transformers(module):
+        return "Linear"
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return next((kind.__name__ for kind in kinds if isinstance(module, kind)), None)
+
+
 def _zeros(weight: Tensor) -> int:
     return 0 if weight.is_meta else weight.numel() - int(torch.count_nonzero(weight.detach()))
 
@@ -123,19 +134,8 @@ def _reason(model, name: str, module: nn.Module, own: str, skipped: Mapping[str,
     if is_adapter(model, name):
         return "is an adapter, which stays as it is"
     kind = type(module).__name__
-    if own == "weight" and isinstance(module, nn.Linear | _ConvNd) | is_conv1d_of_transformers(
-        module
-    ):
-        if not isinstance(module, _Transposed):
-            base = next(
-                (
-                    b.__name__
-                    for b in type(module).__mro__
-                    if b.__module__.startswith("torch.nn.modules")
-                ),
-                "Linear",
-            )
-            return f"not among the targets; to prune it, add nn.{base} to targets"
+    if own == "weight" and (base := _target_kind(module)):
+        return f"not among the targets; to prune it, add nn.{base} to targets"
     if ".parametrizations." in f".{name}":
         return "is part of a parametrization"
-    return f"prune does not know {kind}, only linear layers and convolutions"
+    return f"held by a {kind}, which prune does not know (only linear layers and convolutions)"

@@ -140,7 +140,8 @@ class PruneReport:
 
         table = Table(title="left as it is", title_justify="left")
         for name in ("weight", "shape", "weights", "of model", "why"):
-            table.add_column(name, justify="right" if name in ("weights", "of model") else "left")
+            side = "right" if name in ("weights", "of model") else "left"
+            table.add_column(name, justify=side, overflow="fold")
         for row in self.left:
             shape, share = " x ".join(map(str, row.shape)), row.total / max(1, self.model_total)
             cells = f"{row.total:,}", f"{share:.2%}", row.reason

@@ -225,7 +225,7 @@ def _weight_key(name: str, module: nn.Module):
 
 
 def memory_key(weight: Tensor):
-    """What tied weights have in common, tied as one parameter or as two over the same memory."""
+    """Tell weights apart: tied ones are one parameter, or two parameters over the same memory."""
     if weight.is_meta or weight.numel() == 0:
         return id(weight)
     return weight.device, weight.data_ptr(), weight.numel()

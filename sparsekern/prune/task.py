@@ -21,8 +21,7 @@ class Task:
         batches: Data, held in memory.
         loss_fn: `loss_fn(output, target)` giving a scalar; the target is None if there was none.
         distributed: Average what is measured over all ranks, and prune alike on all of them.
-        notes: What a report should say of layers, by name.
-        reached: How often a loss did and did not depend on a layer, by name.
+        notes: By layer name, what did not go as usual; filled while scoring.
     """
 
     model: nn.Module
@@ -30,15 +29,20 @@ class Task:
     loss_fn: Callable | None = None
     distributed: bool = False
     notes: dict[str, str] = field(default_factory=dict, compare=False)
-    reached: dict[str, list[int]] = field(default_factory=dict, compare=False)
+    _reached: dict[str, list[bool]] = field(default_factory=dict, compare=False)
 
     @contextmanager
     def scoring(self, layers: Sequence[Layer], training: bool = False) -> Iterator[None]:
         """Make gradients of the layers' weights available and leave no trace.
 
         Modules run in eval mode, or in training mode with their buffers (BatchNorm statistics) put
-        back and random numbers (dropout) drawn from a fixed seed.
+        back and random numbers (dropout) drawn from a fixed seed. A layer that some batches do not
+        reach (an expert) gets a note.
+
+        Raises:
+            ValueError: No loss on any batch depended on a layer.
         """
+        self._reached.clear()
         flags = [(module, module.training) for module in self.model.modules()]
         frozen = [p for p in _parameters(self.model, layers) if not p.requires_grad]
         buffers = [(b, b.clone()) for b in self.model.buffers()] if training else []
@@ -52,6 +56,7 @@ class Task:
                     torch.manual_seed(0)
                 stack.enter_context(torch.enable_grad())
                 yield
+            self._check_reached()
         finally:
             for module, flag in flags:
                 module.training = flag
@@ -96,10 +101,11 @@ class Task:
             layers: A weight that several parameters share gets the sum of their gradients.
             graph: Build a graph of the gradients, so that they can be differentiated again.
             keep: Keep the graph of the loss for another call.
-            partial: Do not count for `check_reached`.
+            partial: A second derivative, which may be 0: do not count the layers it reaches.
 
         Returns:
-            One per layer, 0 where the loss does not depend on it (an expert that a batch misses).
+            0 for a layer that the loss does not depend on; one that no loss of a scoring depended
+            on is refused at its end.
         """
         groups = [parameters_of(self.model, layer) for layer in layers]
         flat = [p for group in groups for p in group]
@@ -109,22 +115,30 @@ class Task:
         for layer, group in zip(layers, groups):
             parts = [g for g in (next(found) for _ in group) if g is not None]
             if not partial:
-                self.reached.setdefault(layer.name, [0, 0])[not parts] += 1
+                self.count_reach(layer, bool(parts))
             total = sum(parts[1:], parts[0]) if parts else torch.zeros_like(group[0])
             gradients.append(layer.oriented(_at_least_float32(total)))
         return gradients
 
-    def check_reached(self) -> None:
-        """Refuse layers that no loss depended on; note those that some batches missed."""
-        for name, (hits, misses) in self.reached.items():
-            if not hits:
+    def count_reach(self, layer: Layer, reached: bool) -> None:
+        """Remember whether the loss of a batch depended on a layer."""
+        self._reached.setdefault(layer.name, []).append(reached)
+
+    def _check_reached(self) -> None:
+        if not self._reached:
+            return
+        hits = torch.tensor([float(sum(found)) for found in self._reached.values()])
+        hits = hits.to(next(self.model.parameters()).device)
+        self.average([hits])
+        for (name, found), total in zip(self._reached.items(), hits.tolist()):
+            if not total:
                 raise ValueError(
                     f"prune: expected a loss that depends on layer {name!r}, got one that does "
-                    "not; add the layer to ignore"
+                    "not, on any batch; add the layer to ignore"
                 )
-            if misses:
-                self.notes[name] = "not all batches reach it; its score sums those that do"
-        self.reached.clear()
+            if not all(found):
+                missed = round(found.count(False) / len(found) * len(self.batches))
+                self.notes[name] = f"{missed} of {len(self.batches)} batches did not reach it"
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Average over the ranks in place, if this task is distributed."""

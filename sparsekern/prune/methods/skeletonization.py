@@ -52,8 +52,9 @@ class Skeletonization(Method):
                 error = task.loss if task.loss_fn is not None else absolute_error
                 found = torch.autograd.grad(error(output, target), gates, allow_unused=True)
                 for layer, total, slope in zip(layers, relevance, found):
-                    _check_reached(layer, slope)
-                    total.mul_(self.decay).sub_(slope, alpha=1 - self.decay)
+                    task.count_reach(layer, slope is not None)
+                    if slope is not None:
+                        total.mul_(self.decay).sub_(slope, alpha=1 - self.decay)
         return relevance
 
     def unit_scores(self, layer: Layer, pattern: Pattern, total: Tensor | None = None) -> Tensor:
@@ -108,11 +109,3 @@ def _gate_input(layer: Layer, gate: Tensor) -> Callable:
 def _spread(gate: Tensor, layer: Layer) -> Tensor:
     # Channels are followed by as many dimensions as the kernel has, batched or not.
     return gate.reshape(-1, *[1] * (layer.weight.ndim - 2))
-
-
-def _check_reached(layer: Layer, slope: Tensor | None) -> None:
-    if slope is None:
-        raise ValueError(
-            f"prune: expected a loss that depends on layer {layer.name!r}, got one that does not; "
-            "add the layer to ignore"
-        )

@@ -25,7 +25,8 @@ class SynFlow(Method):
     taken positive, too, as the authors' code does; modules run in eval mode. Computed in float64,
     because the flow through a deep network leaves the range of float32.
 
-    Of the data only the shape of the first input counts; inputs must be floating point.
+    Of the data only the shape of the first input counts; inputs must be floating point. A layer
+    that this input does not reach (an expert) is scored by magnitude, with the mean of the others.
 
     Attributes:
         iterations: Rounds, >= 1; 100 as published.
@@ -53,20 +54,31 @@ class SynFlow(Method):
             names = [_name_of(tensors, layer) for layer in layers]
             weights = [positive[name] for name in names]
             gradients = torch.autograd.grad(output.sum(), weights, allow_unused=True)
-        totals = []
-        for layer, weight, gradient in zip(layers, weights, gradients):
-            if gradient is None or not bool(torch.isfinite(gradient).all()):
-                got = "none" if gradient is None else "Inf or NaN"
-                raise ValueError(
-                    f"prune: expected a finite flow through layer {layer.name!r} for an input of "
-                    f"ones, got {got}; add the layer to ignore"
-                )
-            totals.append(layer.oriented(gradient * weight.detach()))
-        return totals
+        flows = [_flow(*each) for each in zip(layers, weights, gradients)]
+        found = [flow for flow in flows if flow is not None]
+        if not found:
+            raise ValueError("prune: expected a flow through a layer, got none through any")
+        mean = sum(float(f.sum()) for f in found) / sum(f.numel() for f in found)
+        for i, layer in enumerate(layers):
+            if flows[i] is None:
+                task.notes[layer.name] = "no flow reaches it; scored by magnitude"
+                sizes = layer.weight.abs().double()
+                flows[i] = sizes * (mean / sizes.mean().clamp(min=torch.finfo(sizes.dtype).tiny))
+        return flows
 
     def score(self, layer: Layer, total: Tensor | None) -> Tensor:
         """Score by the flow through each weight."""
         return total
+
+
+def _flow(layer: Layer, weight: Tensor, gradient: Tensor | None) -> Tensor | None:
+    if gradient is None:
+        return None
+    if not bool(torch.isfinite(gradient).all()):
+        raise ValueError(
+            f"prune: expected a finite flow through layer {layer.name!r}, got Inf or NaN"
+        )
+    return layer.oriented(gradient * weight.detach())
 
 
 def _positive(tensor: Tensor) -> Tensor:
