@@ -11,7 +11,6 @@ from ..weight_base import SparseWeight
 from .computed import is_torch_masked
 from .targets import Layer, is_adapter, is_conv1d_of_transformers, memory_key, unwrapped
 
-
 TAKEN = (nn.Parameter, SparseWeight)
 
 

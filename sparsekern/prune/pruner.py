@@ -108,7 +108,6 @@ class Pruner:
         self._slots = [Slot(la, parameters_of(self.model, la)) for la in self._job.layers]
         self._check_free()
         self._finished = self._pruned = False
-        self._collapsed: set[str] = set()
         self._undo: list[tuple[Tensor, int]] | None = None
         self._guard = Guard(
             self._job.method, self._method_now, self._slots, self._watches, self._is_over
@@ -331,7 +330,7 @@ class Pruner:
                 slot.layer.weight.clone() if method.returning else None for slot in self._slots
             ]
             masks = self._choose(sparsity)
-        warn_of_collapse("Pruner", self.layers, masks, self._job.scope, self._collapsed)
+        warn_of_collapse("Pruner", self.layers, masks, self._job.scope, self._job.collapsed)
         for slot, mask, values in zip(self._slots, masks, dense):
             self._install(slot, mask)
             if method.returning and not self._is_over():
