@@ -1,7 +1,7 @@
 """One update of the masks: method, pattern, scope and sparsity at work on the layers of a model."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -106,6 +106,7 @@ class Job:
         task: Model, data and loss.
         totals: What the method observed while training, one tensor per layer, instead of measuring.
         progress: Whether to show a progress bar over stages or rounds, as for `progress.track`.
+        collapsed: Layers whose collapse was warned of.
     """
 
     method: Method
@@ -116,6 +117,7 @@ class Job:
     task: Task
     totals: tuple[Tensor | None, ...] | None = None
     progress: bool | None = False
+    collapsed: set[str] = field(default_factory=set, compare=False)
 
     def run(self) -> list[Tensor]:
         """Choose the masks and set the dropped weights to zero; puts them back on failure."""

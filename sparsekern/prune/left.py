@@ -1,7 +1,7 @@
 """What a pruning left as it was: every weight of a model that it did not look at, and why."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from torch.nn.parameter import UninitializedTensorMixin
 from ..weight_base import SparseWeight
 from .computed import is_torch_masked
 from .targets import Layer, is_adapter, is_conv1d_of_transformers, memory_key, unwrapped
+
+TAKEN = (nn.Parameter, SparseWeight)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,19 @@ def find_left(
     return tuple(rows)
 
 
+def weights_outside(model: nn.Module, names: Iterable[str]) -> tuple[LeftWeight, ...]:
+    """List the weights of a model that lie in no layer of these names, for a conversion's report.
+
+    Args:
+        model: Any module, converted or not.
+        names: Names of the layers that are in the report already.
+    """
+    layers = [Layer(name, module) for name, module in model.named_modules() if name in set(names)]
+    layers = [layer for layer in layers if isinstance(getattr(layer.module, "weight", None), TAKEN)]
+    reason = "held by {}, of which there is no sparse layer"
+    return tuple(replace(row, reason=reason.format(row.kind)) for row in find_left(model, layers))
+
+
 def all_reasons(skipped: Mapping[str, str], left: Sequence[LeftWeight]) -> dict[str, str]:
     """Reasons for everything that was left out, layers that were considered first."""
 
@@ -104,7 +119,7 @@ def _row(model, name, module, full, own, weight, skipped) -> LeftWeight:
     if isinstance(weight, SparseWeight):
         shape = tuple(weight.shape)
         zeros = 0 if weight.values.is_meta else _zeros(weight.to_dense())
-        reason = f"is sparse already (format {weight.format})"
+        reason = skipped.get(name) or f"is sparse already (format {weight.format})"
         return LeftWeight(full, kind, shape, zeros, weight.shape.numel(), reason)
     reason = _reason(model, name, module, own, skipped)
     held = weight
@@ -138,4 +153,4 @@ def _reason(model, name: str, module: nn.Module, own: str, skipped: Mapping[str,
         return f"not among the targets; to prune it, add nn.{base} to targets"
     if ".parametrizations." in f".{name}":
         return "is part of a parametrization"
-    return f"held by a {kind}, which prune does not know (only linear layers and convolutions)"
+    return f"held by {kind}, which prune does not know (only linear layers and convolutions)"

@@ -126,7 +126,6 @@ class Pruner:
         warn_of_start(self.model, self._job.layers, self._job.method, self.schedule)
         self._finished = self._pruned = False
         self._undo: Undo | None = None
-        self._collapsed: set[str] = set()
         self._guard = Guard(
             self._job.method, self._method_now, self._slots, self._watches, self._is_over
         )
@@ -338,7 +337,7 @@ class Pruner:
             ]
             masks = self._choose(sparsity)
         if not method.keeps:
-            warn_of_collapse("Pruner", self.layers, masks, self._job.scope, self._collapsed)
+            warn_of_collapse("Pruner", self.layers, masks, self._job.scope, self._job.collapsed)
         for slot, mask, values in zip(self._slots, masks, dense):
             self._install(slot, mask)
             if method.returning and not self._is_over():

@@ -4,7 +4,7 @@ import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from ..progress import track
 from ..ranking import check_sparsity
 from .api import prune
 from .data import read_batches
+from .left import all_reasons, find_left
 from .plots import new_figure
 from .targets import find_layers
 
@@ -29,11 +30,13 @@ class Sensitivity:
         baseline: Score of the dense model, larger = better.
         sparsities: The sparsities tried, ascending.
         scores: By layer name, one score per sparsity.
+        skipped: Why other weights were left, as in the report of `prune`.
     """
 
     baseline: float
     sparsities: tuple[float, ...]
     scores: Mapping[str, tuple[float, ...]]
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def scope(self, tolerance: float) -> dict[str, float]:
         """Sparsity of each layer for `prune(scope=)`: the largest that loses at most `tolerance`.
@@ -53,7 +56,8 @@ class Sensitivity:
     def to_dict(self) -> dict:
         """Give the result as plain dicts, lists and numbers (ready for JSON)."""
         scores = {name: list(values) for name, values in self.scores.items()}
-        return {"baseline": self.baseline, "sparsities": list(self.sparsities), "scores": scores}
+        head = {"baseline": self.baseline, "sparsities": list(self.sparsities)}
+        return {**head, "scores": scores, "skipped": dict(self.skipped)}
 
     def table(self) -> str:
         """Draw the scores as a text table."""
@@ -67,7 +71,11 @@ class Sensitivity:
         for name, scores in self.scores.items():
             table.add_row(name or "(model)", *(f"{score:.4g}" for score in scores))
         text = io.StringIO()
-        Console(file=text, width=120, color_system=None).print(table)
+        console = Console(file=text, width=120, color_system=None)
+        console.print(table)
+        for name, reason in self.skipped.items():
+            line = f"{name or '(model)'} was left: {reason}"
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
         return text.getvalue()
 
     def __str__(self) -> str:
@@ -128,7 +136,7 @@ def sensitivity(
     for value in sparsities:
         check_sparsity("sensitivity", value)
     grid = tuple(sorted(sparsities))
-    layers, _ = find_layers(model, targets, ignore, parsed)
+    layers, skipped = find_layers(model, targets, ignore, parsed)
     batches = None if data is None else _as_items(data)
     scores: dict[str, tuple[float, ...]] = {}
     baseline = _score(model, evaluate)
@@ -141,7 +149,8 @@ def sensitivity(
                 prune(model, method, None, parsed, scope, *options, **method_options)
                 found.append(_score(model, evaluate))
         scores[layer.name] = tuple(found)
-    return Sensitivity(baseline, grid, scores)
+    left = find_left(model, layers, skipped)
+    return Sensitivity(baseline, grid, scores, all_reasons(skipped, left))
 
 
 def _as_items(data) -> list:

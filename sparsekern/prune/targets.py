@@ -294,7 +294,7 @@ def _check_values(name: str, weight: Tensor) -> None:
 
 
 def _refuse_none(model: nn.Module, kinds: tuple[type, ...], skipped: dict[str, str]) -> None:
-    from .left import find_left, name_found
+    from .left import find_left, name_found  # it needs Layer from here
 
     got = "; ".join(f"{name!r} {reason}" for name, reason in skipped.items())
     if not got:
