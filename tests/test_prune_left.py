@@ -10,7 +10,6 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
 import sparsekern as sk
-from sparsekern.prune.left import weights_outside
 
 
 class Mixed(nn.Module):
@@ -162,15 +161,6 @@ def test_a_forward_that_cannot_be_followed_gets_a_note():
     report = sk.prune(Strange(8, 8), sparsity=0.5)
     assert "Strange has a forward of its own" in report.layers[0].note
     assert "Strange has a forward of its own" in str(report)
-
-
-def test_weights_outside_of_a_conversion():
-    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Embedding(9, 4)).eval()
-    rows = weights_outside(model, ["0", "1"])
-    assert [(row.name, row.total) for row in rows] == [("2", 36)]
-    assert rows[0].reason == "held by Embedding, of which there is no sparse layer"
-    model[0] = sk.SparseLinear.from_dense(model[0])
-    assert weights_outside(model, ["0", "1"]) == rows
 
 
 def test_adapters_stay():

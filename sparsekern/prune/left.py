@@ -1,7 +1,7 @@
 """What a pruning left as it was: every weight of a model that it did not look at, and why."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,6 @@ from torch.nn.parameter import UninitializedTensorMixin
 from ..weight_base import SparseWeight
 from .computed import is_torch_masked
 from .targets import Layer, is_adapter, is_conv1d_of_transformers, memory_key, unwrapped
-
-TAKEN = (nn.Parameter, SparseWeight)
 
 
 @dataclass(frozen=True)
@@ -62,19 +60,6 @@ def find_left(
                 seen.add(key)
                 rows.append(_row(model, name, module, full, own, weight, skipped))
     return tuple(rows)
-
-
-def weights_outside(model: nn.Module, names: Iterable[str]) -> tuple[LeftWeight, ...]:
-    """List the weights of a model that lie in no layer of these names, for a conversion's report.
-
-    Args:
-        model: Any module, converted or not.
-        names: Names of the layers that are in the report already.
-    """
-    layers = [Layer(name, module) for name, module in model.named_modules() if name in set(names)]
-    layers = [layer for layer in layers if isinstance(getattr(layer.module, "weight", None), TAKEN)]
-    reason = "held by {}, of which there is no sparse layer"
-    return tuple(replace(row, reason=reason.format(row.kind)) for row in find_left(model, layers))
 
 
 def all_reasons(skipped: Mapping[str, str], left: Sequence[LeftWeight]) -> dict[str, str]:
