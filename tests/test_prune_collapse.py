@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import sparsekern as sk
+from sparsekern.prune.collapse import warn_of_collapse
+from sparsekern.prune.targets import Layer
 
 
 def unequal():
@@ -54,8 +56,11 @@ def test_no_alarm_for_normal_prunings():
     tiny = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     zero = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
     nn.init.zeros_(zero[1].weight)
+    layers = [Layer(name, module) for name, module in zero.named_children()]
+    empty = [torch.ones(16, 8, dtype=torch.bool), torch.zeros(8, 16, dtype=torch.bool)]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warn_of_collapse("Pruner", layers, empty, "uniform")
         sk.prune(tiny, sparsity=0.99, scope="uniform")
         sk.prune(zero, sparsity=0.5)
         sk.prune(nn.Sequential(nn.Linear(784, 300), nn.Linear(300, 10)), sparsity=0.95)

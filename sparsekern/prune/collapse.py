@@ -36,7 +36,8 @@ def warn_of_collapse(
     small = []
     for layer, mask, count in zip(layers, masks, kept, strict=True):
         before = mask.numel() if layer.alive is None else int(layer.alive.count_nonzero())
-        is_small = count < SMALL * average * mask.numel() and count < before
+        # No pruning empties a layer: one that keeps nothing had nothing before.
+        is_small = 0 < count < min(before, SMALL * average * mask.numel())
         if is_small and _reach(mask) < SMALL and layer.name not in told:
             told.add(layer.name)
             small.append(f"{layer.name or '(model)'!r} ({count:,} of {mask.numel():,})")
