@@ -1,5 +1,6 @@
 """Layer collapse: a layer of which next to nothing is left, while others keep much more."""
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -10,6 +11,7 @@ from .targets import Layer
 # Of the average share of kept weights. Global rankings spread layers by less than this: what lies
 # below, and reaches less than a tenth of its outputs or inputs, no longer passes a signal on.
 SMALL = 0.1
+INSIDE = ("sparsekern", "torch")
 
 
 def warn_of_collapse(
@@ -45,8 +47,19 @@ def warn_of_collapse(
             f"{op}: expected every layer to keep enough weights to pass a signal on, got a "
             f"collapse of {', '.join(small)}; scope='uniform', 'erk' or 'lamp' avoids it, or a "
             "dict that gives these layers a sparsity of their own",
-            stacklevel=3 if op == "prune" else 4,  # to the line that called us
+            stacklevel=_level_of_caller(),
         )
+
+
+def _level_of_caller() -> int:
+    """Where the user's line is on the stack, as `stacklevel` in `warn_of_collapse` counts.
+
+    A Pruner is several calls deep, by way of torch's decorators.
+    """
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in INSIDE:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _reach(mask: Tensor) -> float:
