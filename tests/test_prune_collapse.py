@@ -40,8 +40,9 @@ def test_the_pruner_names_it_once():
         for _ in range(5):
             optimizer.step()
             pruner.step()
-    told = [str(w.message) for w in told if "collapse of '0'" in str(w.message)]
-    assert len(told) == 1 and told[0].startswith("Pruner: ")
+    told = [w for w in told if "collapse of '0'" in str(w.message)]
+    assert len(told) == 1 and str(told[0].message).startswith("Pruner: ")
+    assert told[0].filename == __file__
 
 
 @pytest.mark.parametrize("scope", ["uniform", "erk", "lamp", {"0": 0.999, "2": 0.5}])

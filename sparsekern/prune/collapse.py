@@ -11,6 +11,7 @@ from .targets import Layer
 # Of the average share of kept weights. Global rankings spread layers by less than this: what lies
 # below, and reaches less than a tenth of its outputs or inputs, no longer passes a signal on.
 SMALL = 0.1
+INSIDE = ("sparsekern", "torch")
 
 
 def warn_of_collapse(
@@ -55,10 +56,7 @@ def warn_of_collapse(
 def _callers() -> int:
     """How far up the first frame is that is neither ours nor torch's: the user's line."""
     frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in (
-        "torch",
-        __package__.split(".")[0],
-    ):
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in INSIDE:
         frame, level = frame.f_back, level + 1
     return level
 
