@@ -13,12 +13,9 @@ constexpr int64_t kPanelCols = 1024, kPanelColsOneRow = 128;
 constexpr int64_t kRowsKept = 512;
 constexpr int64_t kSddmmCols = 256;
 
-std::vector<int32_t> plan_header(const BlockView& v, int32_t magic) {
-  std::vector<int32_t> h{magic};
-  for (int64_t n : {v.rows, v.channels, v.block_rows, v.block_cols, v.n_blocks, v.groups, v.taps})
-    h.push_back(static_cast<int32_t>(n));
-  h.resize(kPlanHeader);
-  return h;
+Header header_of(const BlockView& v, int32_t magic) {
+  return plan_header(
+      magic, {v.rows, v.channels, v.block_rows, v.block_cols, v.n_blocks, v.groups, v.taps});
 }
 
 void validate(const std::string& op, const BlockView& v) {
@@ -35,7 +32,8 @@ BlockView transposed_view(const BlockView& v) {
 std::vector<int32_t> build_block_transposed(const BlockView& v) {
   const BlockView t = transposed_view(v);
   const int64_t rows = t.groups * t.block_rows_per_group(), per_group = v.block_rows_per_group();
-  std::vector<int32_t> out = plan_header(t, kBlockTransposedMagic);
+  const Header header = header_of(t, kBlockTransposedMagic);
+  std::vector<int32_t> out(header.begin(), header.end());
   out.resize(kPlanHeader + rows + 1 + 2 * v.n_blocks);
   int32_t *crow = out.data() + kPlanHeader, *col = crow + rows + 1, *perm = col + v.n_blocks;
   const auto row_of = [&](int64_t b, int32_t c) {
@@ -108,7 +106,7 @@ void check_block_plan(const std::string& op, const BlockPattern& p,
   if (!plan || plan->numel() == 0) return validate(op, p.view);
   const Tensor given = check_sealed(op, "plan", "block_plan", *plan, {p.crow, p.col});
   const int32_t* have = given.const_data_ptr<int32_t>();
-  const std::vector<int32_t> want = plan_header(p.view, kBlockMagic);
+  const Header want = header_of(p.view, kBlockMagic);
   const bool ours = given.numel() == kPlanHeader && have[0] == kBlockMagic;
   if (ours && p.view.taps == 1 && have[2] != want[2])
     fail(op, "x.size(-1) = in_features = " + std::to_string(have[2]), std::to_string(want[2]));
@@ -118,7 +116,8 @@ void check_block_plan(const std::string& op, const BlockPattern& p,
 
 std::vector<int32_t> make_block_plan(const std::string& op, const BlockPattern& p) {
   validate(op, p.view);
-  return plan_header(p.view, kBlockMagic);
+  const Header header = header_of(p.view, kBlockMagic);
+  return {header.begin(), header.end()};
 }
 
 BlockTransposed get_block_transposed(const std::string& op, const BlockPattern& p,
@@ -135,7 +134,7 @@ BlockTransposed get_block_transposed(const std::string& op, const BlockPattern& 
     data = t.own.data(), size = static_cast<int64_t>(t.own.size());
   }
   t.view = transposed_view(p.view);
-  const std::vector<int32_t> want = plan_header(t.view, kBlockTransposedMagic);
+  const Header want = header_of(t.view, kBlockTransposedMagic);
   const int64_t rows = t.view.groups * t.view.block_rows_per_group();
   if (size != kPlanHeader + rows + 1 + 2 * t.view.n_blocks || !same_header(want, data))
     fail(op, "plan_t made by block_plan(transpose=True) for this pattern",

@@ -12,12 +12,8 @@ constexpr int32_t kNmTwinMagic = 0x534b4f31;  // "SKO1"
 constexpr int64_t kNmPanelCols = 64, kNmVectors = 8;
 constexpr int64_t kNmRowsKept = 512;
 
-std::vector<int32_t> plan_header(const NmView& v, int32_t magic) {
-  std::vector<int32_t> h{magic};
-  for (int64_t n : {v.rows, v.channels, v.n, v.m, v.groups, v.taps})
-    h.push_back(static_cast<int32_t>(n));
-  h.resize(kPlanHeader);
-  return h;
+Header header_of(const NmView& v, int32_t magic) {
+  return plan_header(magic, {v.rows, v.channels, v.n, v.m, v.groups, v.taps});
 }
 
 // f(row, column in its group, slot counted over all rows).
@@ -39,7 +35,8 @@ int64_t panel_groups(const NmView& v) {
 
 std::vector<int32_t> build_twin(const NmView& v) {
   const int64_t slots = v.slots(), nnz = v.rows * slots;
-  std::vector<int32_t> out = plan_header(v, kNmTwinMagic);
+  const Header header = header_of(v, kNmTwinMagic);
+  std::vector<int32_t> out(header.begin(), header.end());
   out.resize(kPlanHeader + nnz);
   std::vector<int32_t> crow(v.rows + 1, 0), col(nnz);
   int32_t* order = out.data() + kPlanHeader;
@@ -121,7 +118,7 @@ void check_positions(const std::string& op, const NmView& v) {
 
 NmPlan get_nm_plan(const std::string& op, const NmPattern& p, const std::optional<Tensor>& plan) {
   const NmView& v = p.view;
-  std::vector<int32_t> header = plan_header(v, kNmMagic);
+  Header header = header_of(v, kNmMagic);
   const int64_t panel_cols = panel_groups(v) * v.m * v.taps;
   header[kPlanHeader - 1] = static_cast<int32_t>(panel_cols);
   const int64_t step = panel_groups(v) * v.taps * v.n;
@@ -136,7 +133,7 @@ NmPlan get_nm_plan(const std::string& op, const NmPattern& p, const std::optiona
       fail(op, "plan made by nm_plan for this pattern", "a plan of another pattern");
   } else {
     check_positions(op, v);
-    h.own = header;
+    h.own.assign(header.begin(), header.end());
     h.own.resize(size);
     uint16_t* offset = reinterpret_cast<uint16_t*>(h.own.data() + kPlanHeader);
     for_each_value(v, [&](int64_t row, int64_t column, int64_t slot) {
@@ -163,7 +160,7 @@ NmTwin get_nm_twin(const std::string& op, const NmPattern& p, const std::optiona
     data = t.own.data(), size = static_cast<int64_t>(t.own.size());
   }
   const NmView& v = p.view;
-  const std::vector<int32_t> want = plan_header(v, kNmTwinMagic);
+  const Header want = header_of(v, kNmTwinMagic);
   const int64_t nnz = v.rows * v.slots(), head = kPlanHeader + nnz;
   t.order = data + kPlanHeader;
   const auto refuse = [&] {

@@ -11,8 +11,6 @@
 #include <shared_mutex>
 #include <unordered_map>
 
-#include "plan.h"
-
 namespace sparsekern {
 namespace {
 
@@ -192,7 +190,7 @@ Tensor check_sealed(const std::string& op, const char* name, const char* maker, 
   return packed;
 }
 
-bool same_header(const std::vector<int32_t>& want, const int32_t* have) {
+bool same_header(const Header& want, const int32_t* have) {
   return std::equal(want.begin(), want.begin() + kSealWord, have) &&
          std::equal(want.begin() + kSealEnd, want.begin() + kPlanHeader, have + kSealEnd);
 }

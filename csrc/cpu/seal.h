@@ -9,11 +9,13 @@
 // compares pointers and counters. Copies of a plan are read at every call. Writes that torch does
 // not count (`tensor.data`, numpy) are not seen.
 #pragma once
+#include <array>
 #include <initializer_list>
 #include <string>
 #include <vector>
 
 #include "../check.h"
+#include "plan.h"
 
 namespace sparsekern {
 
@@ -29,7 +31,16 @@ Tensor sealed_plan(std::vector<int32_t> words, Indices indices);
 Tensor check_sealed(const std::string& op, const char* name, const char* maker, const Tensor& plan,
                     Indices indices);
 
+// What a plan begins with; made at every call, so that no memory is asked for.
+using Header = std::array<int32_t, kPlanHeader>;
+inline Header plan_header(int32_t magic, std::initializer_list<int64_t> sizes) {
+  Header h{magic};
+  int32_t* next = h.data() + 1;
+  for (int64_t size : sizes) *next++ = static_cast<int32_t>(size);
+  return h;
+}
+
 // Whether two headers say the same, whatever their seals.
-bool same_header(const std::vector<int32_t>& want, const int32_t* have);
+bool same_header(const Header& want, const int32_t* have);
 
 }  // namespace sparsekern
