@@ -220,6 +220,8 @@ class SparseWeight(nn.Module):
     def __setstate__(self, state):
         """What deepcopy and pickle end with: the kernels read a copy of a plan at every call."""
         super().__setstate__(state)
+        self.__dict__.update(self._buffers)  # which these tensors were in older pickles
+        self._buffers.clear()
         self._renew_plans()
 
     def _renew_plans(self) -> None:
