@@ -6,7 +6,7 @@ namespace {
 
 // Floats summed in float32 before a double takes over: images are put together up to the first
 // number, and larger ones than the second are split.
-constexpr int64_t kNormChunk = 2048, kNormMost = 16384;
+constexpr int64_t kNormChunk = 2048, kNormMost = 1024 * Vec::N;
 
 // A vector of a channel: a whole one, or the first n lanes at the end of an image.
 struct WholeVec {
