@@ -214,7 +214,7 @@ def test_images_of_any_size_have_the_right_moments(shape, isa):
     """Of equal pixels, where float32 sums go wrong the same way at every step."""
     x = torch.full(shape, -0.5872)
     _, mean, var = batch_norm(x, torch.ones(1), torch.zeros(1), EPS)
-    assert float((mean - x[0, 0, 0, 0]).abs()) <= 1e-5 and float(var) <= 1e-10
+    assert float((mean - x[0, 0, 0, 0]).abs()) <= 3e-5 and float(var) <= 1e-9
     grad = torch.full(shape, 0.3)
     *_, grad_bias = batch_norm_grad(grad, x, mean, var, torch.ones(1), torch.zeros(1), EPS)
-    assert float(grad_bias) == pytest.approx(x.numel() * float(grad[0, 0, 0, 0]), rel=2e-5)
+    assert float(grad_bias) == pytest.approx(x.numel() * float(grad[0, 0, 0, 0]), rel=5e-5)
