@@ -65,6 +65,11 @@ class SparseWeight(nn.Module):
         return self.values.numel()
 
     @property
+    def needs_sk_load_or_sk_to_dense(self) -> Tensor:
+        """The entry HINT; torch.distributed.checkpoint looks for an attribute behind each entry."""
+        return self.values.detach().new_empty(0, dtype=torch.int32)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the values; models that ask `layer.weight.dtype` get what they expect."""
         return self.values.dtype
@@ -205,9 +210,18 @@ class SparseWeight(nn.Module):
             elif self.plan_t.device != self.plan.device:  # loaded into a weight on meta
                 self.plan_t = self.plan.new_empty(0)
 
+    def _replicate_for_data_parallel(self):
+        """What DataParallel asks for: it sends parameters and buffers alone to other devices."""
+        raise RuntimeError(
+            f"{type(self).__name__}: expected torch.nn.parallel.DistributedDataParallel, got "
+            "torch.nn.DataParallel, whose replicas lack the indices"
+        )
+
     def __setstate__(self, state):
         """What deepcopy and pickle end with: the kernels read a copy of a plan at every call."""
         super().__setstate__(state)
+        self.__dict__.update(self._buffers)  # which these tensors were in older pickles
+        self._buffers.clear()
         self._renew_plans()
 
     def _renew_plans(self) -> None:
@@ -229,7 +243,7 @@ class SparseWeight(nn.Module):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """As every module, and the parts that are no parameters."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + HINT] = self.values.detach().new_empty(0, dtype=torch.int32)
+        destination[prefix + HINT] = getattr(self, HINT)
         for name in self._fixed():
             part = getattr(self, name)
             destination[prefix + name] = part if keep_vars else part.detach()

@@ -192,3 +192,30 @@ def test_gain_is_measured_and_leaves_statistics(behind):
     spec = sk.tune.InputSpec.of(torch.randn(4, 3, 5, 6))
     assert 0 < norm._gain(plain, twin, behind, spec, 0.01) < 1e3
     assert all(torch.equal(b, c) for b, c in zip(before, plain.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6"])
+def test_nan_before_the_activation_lets_gradients_through(activation, dtype, isa):
+    x, weight, bias = arguments((2, 4, 3, 7), dtype)
+    bias[1], bias[2], bias[3] = torch.nan, torch.inf, -torch.inf
+    grad = torch.ones_like(x)
+    var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+    have = batch_norm_grad(grad, x, mean, var, weight, bias, EPS, activation)
+    want = _grad_reference(grad, x, mean, var, weight, bias, EPS, activation)
+    for a, b in zip(have, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4, equal_nan=True)
+    open_at = {"none": (1, 1, 1), "relu": (1, 1, 0), "relu6": (1, 0, 0)}[activation]
+    assert have[2][1:].tolist() == [x[:, 0].numel() * one for one in open_at]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2900, 2900), (2, 1, 130, 127)])
+def test_images_of_any_size_have_the_right_moments(shape, isa):
+    """Of equal pixels, where float32 sums go wrong the same way at every step."""
+    for pixel in (-0.5872, 0.3, 1.7):
+        x = torch.full(shape, pixel)
+        _, mean, var = batch_norm(x, torch.ones(1), torch.zeros(1), EPS)
+        assert float(mean) == pytest.approx(pixel, rel=2e-5) and float(var) <= 1e-9
+    grad = torch.full(shape, 0.3)
+    *_, grad_bias = batch_norm_grad(grad, x, mean, var, torch.ones(1), torch.zeros(1), EPS)
+    assert float(grad_bias) == pytest.approx(x.numel() * float(grad[0, 0, 0, 0]), rel=5e-5)

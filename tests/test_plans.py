@@ -218,3 +218,45 @@ def test_what_is_written_onto_itself_is_read_once_more():
     layer.weight.col.copy_(layer.weight.col.clone())
     assert torch.equal(layer(X), y)
     assert remembered(layer)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("make, x", [(layer_of, X), (conv_of, torch.randn(2, 8, 6, 6))])
+def test_indices_that_are_given_other_memory(pattern, make, x):
+    """`index.data = other` is not counted: the version stays, the memory is another."""
+    layer = make(pattern)
+    y = layer(x)
+    for index in layer.weight.indices():
+        own = index.data
+        index.data = torch.full_like(own, 113)
+        for _ in range(20):  # another tensor may be put where the first one was, but for the plan
+            index.data = torch.full_like(own, 113)
+            with pytest.raises(RuntimeError, match="or indices that were changed since"):
+                layer(x)
+        index.data = own
+        assert torch.equal(layer(x), y)
+
+
+def test_indices_can_be_swapped():
+    """torch.utils.swap_tensors refuses a tensor that something else holds."""
+    layer = layer_of("unstructured")
+    y = layer(X).detach()  # a graph holds them, too
+    torch.utils.swap_tensors(layer.weight.col, layer.weight.col.clone())
+    assert torch.equal(layer(X), y)
+    torch.utils.swap_tensors(layer.weight.col, torch.zeros_like(layer.weight.col))
+    with pytest.raises(RuntimeError, match="or indices that were changed since"):
+        layer(X)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_pickles_in_which_the_indices_were_buffers(pattern):
+    layer = layer_of(pattern)
+    y, old = layer(X), copy.deepcopy(layer)
+    weight = old.weight
+    for name in (*weight.parts[1:], "plan", "plan_t"):
+        index = weight.__dict__.pop(name)
+        weight.register_buffer(name, index, persistent=name in weight.parts)
+    again = pickle.loads(pickle.dumps(old))
+    assert torch.equal(again(X), y) and not list(again.buffers())
+    assert set(again.state_dict()) == set(layer.state_dict())
+    assert remembered(again)

@@ -5,6 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint import load, save
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 
 import sparsekern as sk
 
@@ -105,3 +111,24 @@ def test_blocks_of_another_size_bring_their_pattern():
     module.load_state_dict(other.state_dict())
     assert module.pattern == "block:8x8"
     assert torch.equal(module.weight.to_dense(), other.weight.to_dense())
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "block:4x4"])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_state_dicts_of_torch_distributed_checkpoint(pattern, full, tmp_path):
+    options = StateDictOptions(full_state_dict=full, cpu_offload=full)
+    model, other = (nn.Sequential(layer(pattern), nn.ReLU()) for _ in range(2))
+    with torch.no_grad():
+        other[0].weight.values.zero_()
+    save({"model": get_model_state_dict(model, options=options)}, checkpoint_id=tmp_path)
+    state = {"model": get_model_state_dict(other, options=options)}
+    load(state, checkpoint_id=tmp_path)
+    set_model_state_dict(other, state["model"], options=options)
+    x = torch.randn(3, 64)
+    assert torch.equal(other(x), model(x))
+
+
+def test_data_parallel_is_refused_by_name():
+    with pytest.raises(RuntimeError, match=r"CSRWeight: expected .*Parallel, got"):
+        layer().weight._replicate_for_data_parallel()

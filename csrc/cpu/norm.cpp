@@ -73,8 +73,8 @@ struct DoubleNorm {
   double linear(int64_t i) const { return (x[i] - mean) * scale + shift; }
   double gated(int64_t i, double grad) const {
     const double y = linear(i);
-    const bool open = n.activation == kNone || (y > 0 && (n.activation == kRelu || y < 6));
-    return open ? grad : 0;
+    const bool shut = y <= 0 || (n.activation == kRelu6 && y >= 6);  // not by NaN, as in torch
+    return n.activation != kNone && shut ? 0 : grad;
   }
 };
 

@@ -4,7 +4,9 @@
 namespace sparsekern {
 namespace {
 
-constexpr int64_t kNormChunk = 2048;  // floats summed in float32 before a double takes over
+// Floats summed in float32 before a double takes over: images are put together up to the first
+// number, and larger ones than the second are split.
+constexpr int64_t kNormChunk = 2048, kNormMost = 1024 * Vec::N;
 
 // A vector of a channel: a whole one, or the first n lanes at the end of an image.
 struct WholeVec {
@@ -23,10 +25,10 @@ struct PartVec {
   }
 };
 
-// f(offset, vector, i) for all vectors of some images; i alternates, for two independent sums.
+// f(offset, vector, i) for all vectors; i alternates, for two independent sums.
 template <class F>
-SK_INLINE void each_vector(const NormArgs& a, int64_t begin, int64_t end, F f) {
-  for (int64_t image = begin; image < end; ++image) {
+SK_INLINE void each_vector(const NormArgs& a, F f) {
+  for (int64_t image = 0; image < a.images; ++image) {
     int64_t at = image * a.stride, left = a.pixels;
     for (; left >= 2 * Vec::N; left -= 2 * Vec::N, at += 2 * Vec::N) {
       f(at, WholeVec{}, 0);
@@ -40,32 +42,41 @@ SK_INLINE void each_vector(const NormArgs& a, int64_t begin, int64_t end, F f) {
   }
 }
 
-SK_INLINE int64_t images_per_chunk(const NormArgs& a) {
-  return a.pixels < kNormChunk ? kNormChunk / a.pixels : 1;
+// f(arguments of a chunk) for all chunks of a channel; of the pointers only x and grad are its own.
+template <class F>
+SK_INLINE void each_chunk(const NormArgs& a, F f) {
+  const int64_t images = a.pixels < kNormChunk ? kNormChunk / a.pixels : 1;
+  NormArgs chunk = a;
+  for (int64_t i = 0; i < a.images; i += images)
+    for (int64_t p = 0; p < a.pixels; p += kNormMost) {
+      const int64_t at = i * a.stride + p;
+      chunk.x = a.x + at, chunk.grad = a.grad ? a.grad + at : nullptr;
+      chunk.images = images < a.images - i ? images : a.images - i;
+      chunk.pixels = kNormMost < a.pixels - p ? kNormMost : a.pixels - p;
+      f(chunk);
+    }
 }
 
 // Mean and squares around it chunk by chunk, joined by the formula of Chan, Golub and LeVeque
 // (1979): nothing is lost where the mean is large against the deviation.
 void norm_moments(const NormArgs& a, double* out) {
   double mean = 0, squares = 0, count = 0;
-  const int64_t step = images_per_chunk(a);
-  for (int64_t i = 0; i < a.images; i += step) {
-    const int64_t end = i + step < a.images ? i + step : a.images;
-    const double n = static_cast<double>((end - i) * a.pixels);
+  each_chunk(a, [&](const NormArgs& c) {
+    const double n = static_cast<double>(c.images * c.pixels);
     Vec sum[2] = {Vec::set(0.f), Vec::set(0.f)};
-    each_vector(a, i, end, [&](int64_t at, auto v, int j) { sum[j] = sum[j] + v.load(a.x + at); });
+    each_vector(c, [&](int64_t at, auto v, int j) { sum[j] = sum[j] + v.load(c.x + at); });
     const double chunk_mean = (sum[0] + sum[1]).sum() / n;
     const Vec m = Vec::set(static_cast<float>(chunk_mean));
     Vec square[2] = {Vec::set(0.f), Vec::set(0.f)};
-    each_vector(a, i, end, [&](int64_t at, auto v, int j) {
-      const Vec d = v.keep(v.load(a.x + at) - m);
+    each_vector(c, [&](int64_t at, auto v, int j) {
+      const Vec d = v.keep(v.load(c.x + at) - m);
       square[j] = fma(d, d, square[j]);
     });
     const double total = count + n, delta = chunk_mean - mean;
     mean += delta * n / total;
     squares += (square[0] + square[1]).sum() + delta * delta * count * n / total;
     count = total;
-  }
+  });
   out[0] = mean, out[1] = squares / count;
 }
 
@@ -79,13 +90,13 @@ SK_INLINE Vec norm_activate(Vec y) {
 template <Activation A>
 SK_INLINE Vec norm_gate(Vec y, Vec grad) {
   if (A == kNone) return grad;
-  return where_positive(A == kRelu6 ? min(y, Vec::set(6.f) - y) : y, grad);
+  return where_open(A == kRelu6 ? min(y, Vec::set(6.f) - y) : y, grad);
 }
 
 template <Activation A>
 void norm_apply_act(const NormArgs& a) {
   const Vec mean = Vec::set(a.mean), scale = Vec::set(a.scale), shift = Vec::set(a.shift);
-  each_vector(a, 0, a.images, [&](int64_t at, auto v, int) {
+  each_vector(a, [&](int64_t at, auto v, int) {
     v.store(norm_activate<A>(fma(v.load(a.x + at) - mean, scale, shift)), a.out + at);
   });
 }
@@ -94,23 +105,21 @@ template <Activation A>
 void norm_grad_act(const NormArgs& a, double rstd, double* sums) {
   const Vec mean = Vec::set(a.mean), scale = Vec::set(a.scale), shift = Vec::set(a.shift);
   sums[0] = sums[1] = 0;
-  const int64_t step = images_per_chunk(a);
-  for (int64_t i = 0; i < a.images; i += step) {
+  each_chunk(a, [&](const NormArgs& c) {
     Vec sum[2] = {Vec::set(0.f), Vec::set(0.f)}, dot[2] = {Vec::set(0.f), Vec::set(0.f)};
-    const int64_t end = i + step < a.images ? i + step : a.images;
-    each_vector(a, i, end, [&](int64_t at, auto v, int j) {
-      const Vec x = v.load(a.x + at) - mean;
-      const Vec g = norm_gate<A>(fma(x, scale, shift), v.load(a.grad + at));
+    each_vector(c, [&](int64_t at, auto v, int j) {
+      const Vec x = v.load(c.x + at) - mean;
+      const Vec g = norm_gate<A>(fma(x, scale, shift), v.load(c.grad + at));
       sum[j] = sum[j] + g;
       dot[j] = fma(g, x, dot[j]);
     });
     sums[0] += (sum[0] + sum[1]).sum();
     sums[1] += (dot[0] + dot[1]).sum();
-  }
+  });
   const double n = static_cast<double>(a.images * a.pixels);
   const Vec c0 = Vec::set(static_cast<float>(-a.scale * sums[0] / n));
   const Vec c1 = Vec::set(static_cast<float>(-a.scale * rstd * rstd * sums[1] / n));
-  each_vector(a, 0, a.images, [&](int64_t at, auto v, int) {
+  each_vector(a, [&](int64_t at, auto v, int) {
     const Vec x = v.load(a.x + at) - mean;
     const Vec g = norm_gate<A>(fma(x, scale, shift), v.load(a.grad + at));
     v.store(fma(g, scale, fma(x, c1, c0)), a.out + at);

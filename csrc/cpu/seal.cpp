@@ -68,15 +68,31 @@ uint64_t own_fingerprint(const int32_t* plan, int64_t size) {
   return fingerprint(plan + kSealEnd, (size - kSealEnd) * sizeof(int32_t), head);
 }
 
+// The memory of a tensor, kept alive; whoever gives the tensor other memory (`t.data = other`,
+// which torch does not count) leaves this one alone.
+Tensor same_memory(const Tensor& t) {
+  std::array<StableIValue, 1> stack{torch::stable::detail::from(t)};
+  TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::detach", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+struct Index {
+  Tensor memory;
+  const void* data;  // where it began: a storage can be resized under its tensors
+  int64_t version;
+};
+
 // What is known of a plan that lives where it was made.
 struct Known {
   int64_t size, version;
-  std::vector<std::pair<Tensor, int64_t>> indices;  // and the version of each
+  std::vector<Index> indices;
 };
 
 Known known_of(const Tensor& plan, Indices indices) {
   Known known{plan.numel(), version(plan), {}};
-  for (const Tensor& t : indices) known.indices.push_back({t, version(t)});
+  for (const Tensor& t : indices)
+    known.indices.push_back({same_memory(t), t.const_data_ptr(), version(t)});
   return known;
 }
 
@@ -116,9 +132,9 @@ class Registry {
     if (known.size != plan.numel() || known.indices.size() != indices.size()) return false;
     size_t i = 0;
     for (const Tensor& t : indices) {
-      const auto& [was, counted] = known.indices[i++];
-      if (t.const_data_ptr() != was.const_data_ptr() || t.numel() != was.numel() ||
-          counted == kUncounted || version(t) != counted)
+      const Index& was = known.indices[i++];
+      if (t.const_data_ptr() != was.data || t.numel() != was.memory.numel() ||
+          was.version == kUncounted || version(t) != was.version)
         return false;
     }
     return known.version != kUncounted && version(plan) == known.version;
@@ -131,8 +147,8 @@ class Registry {
     std::shared_lock lock(mutex_);
     const auto found = plans_.find(plan.const_data_ptr());
     if (found == plans_.end() || found->second.version == kUncounted) return false;
-    for (const auto& [index, version] : found->second.indices)
-      if (version == kUncounted) return false;
+    for (const Index& index : found->second.indices)
+      if (index.version == kUncounted) return false;
     return true;
   }
 

@@ -63,9 +63,9 @@ SK_INLINE Vec max(Vec a, Vec b) {
 SK_INLINE Vec min(Vec a, Vec b) {
   return {_mm512_min_ps(a.v, b.v)};
 }
-// v where gate > 0, else zero.
-SK_INLINE Vec where_positive(Vec gate, Vec v) {
-  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(gate.v, _mm512_setzero_ps(), _CMP_GT_OQ), v.v)};
+// v where the gate is above 0 or NaN, as torch's gradient of relu has it, else zero.
+SK_INLINE Vec where_open(Vec gate, Vec v) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(gate.v, _mm512_setzero_ps(), _CMP_NLE_UQ), v.v)};
 }
 SK_INLINE Vec round(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT)};
@@ -185,8 +185,8 @@ SK_INLINE Vec max(Vec a, Vec b) {
 SK_INLINE Vec min(Vec a, Vec b) {
   return {_mm256_min_ps(a.v, b.v)};
 }
-SK_INLINE Vec where_positive(Vec gate, Vec v) {
-  return {_mm256_and_ps(_mm256_cmp_ps(gate.v, _mm256_setzero_ps(), _CMP_GT_OQ), v.v)};
+SK_INLINE Vec where_open(Vec gate, Vec v) {
+  return {_mm256_and_ps(_mm256_cmp_ps(gate.v, _mm256_setzero_ps(), _CMP_NLE_UQ), v.v)};
 }
 SK_INLINE Vec round(Vec a) {
   return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT)};
@@ -289,8 +289,8 @@ SK_INLINE Vec max(Vec a, Vec b) {
 SK_INLINE Vec min(Vec a, Vec b) {
   return map(a, b, [](float x, float y) { return x < y ? x : y; });
 }
-SK_INLINE Vec where_positive(Vec gate, Vec v) {
-  return map(gate, v, [](float g, float x) { return g > 0 ? x : 0; });
+SK_INLINE Vec where_open(Vec gate, Vec v) {
+  return map(gate, v, [](float g, float x) { return g <= 0 ? 0 : x; });
 }
 SK_INLINE Vec round(Vec a) {
   return map(a, a, [](float x, float) { return __builtin_rintf(x); });

@@ -101,6 +101,8 @@ def _change_tensor(tensors: dict, header: dict, rng) -> str:
 def _hollow(tensors: dict, header: dict, rng) -> str:
     """Parts of a weight that agree, of blocks without end that are none."""
     values = [name for name in tensors if name.endswith(".values") and tensors[name].dim() > 1]
+    if not values:  # another change took them away
+        return "hollow nothing"
     name = rng.choice(values)
     weight = name.removesuffix("values")
     ones = [1] * (tensors[name].dim() - 2)
