@@ -49,8 +49,8 @@ class Guard:
     def __reduce_ex__(self, protocol):
         """Refuse to be copied or pickled: the copy of a Pruner would hang on nothing."""
         raise TypeError(
-            "Pruner: expected no copy and no pickle of a Pruner, which would keep no zeros; copy or "
-            "save the model and the pruner's state_dict(), and make a new Pruner for the copy"
+            "Pruner: expected no copy and no pickle of a Pruner, which would keep no zeros; copy "
+            "or save the model and the pruner's state_dict(), and make a new Pruner for the copy"
         )
 
     @property
