@@ -11,7 +11,7 @@ import copy
 import dis
 import functools
 import sys
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 
 import torch
 from torch import nn
@@ -88,7 +88,7 @@ class Watch:
                 if not any(name in vars(module)[table] for table in _TABLES):
                     self.state.attributes.append((module, name, Unsteady))
                 raise
-            return value if _is_of_torch(kind, name) else self._seen(module, name, value)
+            return value if _is_of_torch(kind, name) else self._seen(self_, module, name, value)
 
         def write(self_, name, value=None):
             raise Unsteady(f"it changes {name!r} of {kind.__name__}")
@@ -97,15 +97,21 @@ class Watch:
         watched = type(kind)(kind.__name__, (kind,), namespace)
         twin.__class__ = watched
 
-    def _seen(self, module: nn.Module, name: str, value):
+    def _seen(self, twin: nn.Module, module: nn.Module, name: str, value):
         """What a forward gets for an attribute: never something that it could change."""
+        if isinstance(value, MethodType) and value.__self__ in (twin, module):
+            self._check(type(module), [value.__func__])
+            self.state.attributes.append((module, name, value))
+            return value.__func__.__get__(twin)
         if (id(module), name) in self._handed:
             return self._handed[id(module), name][0]
         if type(value) is FunctionType:
             self._check(type(module), [value])
         elif not _is_steady(value):
             raise Unsteady(f"it reads {name!r}, a {type(value).__name__}")
-        given, kept = copy.deepcopy(value), copy.deepcopy(value)
+        given, kept = value, value  # a partial is equal to itself alone
+        if not callable(value):
+            given, kept = copy.deepcopy(value), copy.deepcopy(value)
         self._handed[id(module), name] = given, kept
         self.state.attributes.append((module, name, kept))
         return given

@@ -92,10 +92,10 @@ def time_layer(
     """Milliseconds of one call, (dense, sparse), interleaved.
 
     `way` is one of the `WAYS`, or `training` for the forward pass and both gradients. With
-    gradients on, the input needs them, too, as behind another layer that trains. On a GPU by its own clock, so
-    that waiting for it is not counted. For inference copies of each layer take turns until their
-    weights reach `cold_bytes`, to be read from memory every time. With `cuda_graphs` they are
-    replayed from one, and launches cost nothing.
+    gradients on, the input needs them, too, as behind another layer that trains. On a GPU by its
+    own clock, so that waiting for it is not counted. For inference copies of each layer take
+    turns until their weights reach `cold_bytes`, to be read from memory every time. With
+    `cuda_graphs` they are replayed from one, and launches cost nothing.
     """
     device = next(dense.parameters()).device
     x = spec.make(device)
