@@ -108,6 +108,8 @@ def convert_to_sparse(
             any exception, Ctrl-C included.
     """
     candidates = find_candidates(model, mode, min_gain)
+    if not isinstance(budget_s, (int, float)) or not budget_s > 0:
+        raise ValueError(f"convert_to_sparse: expected budget_s > 0 seconds, got {budget_s!r}")
     before = list(model.parameters())
     # Parameters made under the caller's inference_mode could not be called with gradients on.
     with torch.inference_mode(False), whole_or_not_at_all(model):

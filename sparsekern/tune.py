@@ -18,6 +18,7 @@ from .measure.graphs import capture
 from .measure.hardware import hardware
 from .measure.timer import interleaved
 from .ops.own_cuda import build_fault
+from .traced_state import autocast
 
 MIN_GAIN = 1.05  # sparse must win by 5 % to be taken
 # The ways people call a model for inference. They differ by what the host does around a kernel.
@@ -200,6 +201,6 @@ def layer_key(layer: nn.Module, spec: InputSpec, how: str) -> str:
             weight.format,
             str(weight.values.dtype), geometry, layer.bias is not None, layer.activation,
             spec.shape, str(spec.dtype), spec.channels_last, how,
-            [p.requires_grad for p in (weight.values, layer.bias) if p is not None],
+            [p.requires_grad for p in (weight.values, layer.bias) if p is not None], autocast(),
         )
     )  # fmt: skip
