@@ -46,7 +46,7 @@ class FusedBlock:
     def __call__(self, x: Tensor) -> Tensor:
         """The output of the block."""
         block = self.block
-        fits = not block.training and self.size in (None, tuple(x.shape[1:]))
+        fits = not block.training and (self.size is None or self.size == tuple(x.shape[1:]))
         if fits and (not self.inner or self._is_as_traced()) and self.state.holds():
             return run(self.steps, block, x)
         return type(block).forward(block, x)

@@ -227,3 +227,9 @@ def test_fused_blocks_with_settings_are_pickled():
     again[0].alpha = 5.0
     torch.testing.assert_close(again(X), type(again[0]).forward(again[0], X))
     assert isinstance(sk.to_dense(again)[0].a, nn.Conv2d)
+
+
+def test_models_with_fused_blocks_are_traced_by_fx():
+    model = prepared(nn.Sequential(Block(lambda m, y: y), nn.Identity()), 0.5)
+    assert fused(model, X).residuals == ["0"]
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(X), model(X))
