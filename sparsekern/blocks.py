@@ -19,6 +19,7 @@ from .nn import SparseConv2d
 from .padding import fuse_pads
 from .residual import fuse_sums
 from .steps import at, run, steps_of
+from .traced_state import State
 from .tracing import trace
 
 
@@ -26,26 +27,27 @@ class FusedBlock:
     """The forward of a block in which convolutions add residuals and pad their input.
 
     In training mode, on images of a size it was not traced for, and where modules inside of it were
-    replaced or hooked since, the block runs as it was written.
+    replaced or hooked or settings changed since, the block runs as it was written.
 
     Attributes:
         block: The module whose forward this is.
         steps: What the forward does.
         inner: Path of each module whose own forward is among the steps, and the module.
         size: `(channels, height, width)` of the input it holds for, None where it holds for all.
+        state: The settings that it holds for.
         sums: How many residuals convolutions add.
         pads: How many paddings are theirs now.
     """
 
-    def __init__(self, block: nn.Module, steps, inner, size, sums: int, pads: int):
+    def __init__(self, block: nn.Module, steps, inner, size, state: State, sums: int, pads: int):
         self.block, self.steps, self.inner = block, steps, inner
-        self.size, self.sums, self.pads = size, sums, pads
+        self.size, self.state, self.sums, self.pads = size, state, sums, pads
 
     def __call__(self, x: Tensor) -> Tensor:
         """The output of the block."""
         block = self.block
-        fits = not block.training and self.size in (None, tuple(x.shape[1:]))
-        if fits and (not self.inner or self._is_as_traced()):
+        fits = not block.training and (self.size is None or self.size == tuple(x.shape[1:]))
+        if fits and (not self.inner or self._is_as_traced()) and self.state.holds():
             return run(self.steps, block, x)
         return type(block).forward(block, x)
 
@@ -139,7 +141,7 @@ def fuse_block(block: nn.Module, example: Tensor | None) -> FusedBlock | None:
     if steps is None:
         return None
     inner = tuple((tuple(name.split(".")), modules[name]) for name in traced.inner)
-    return FusedBlock(block, steps, inner, traced.size, sums, pads)
+    return FusedBlock(block, steps, inner, traced.size, traced.state, sums, pads)
 
 
 def _first_inputs(model: nn.Module, inputs, blocks) -> dict[nn.Module, Tensor]:

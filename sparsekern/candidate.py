@@ -78,8 +78,8 @@ def find_candidates(model, mode: str, min_gain: float) -> list[Candidate]:
         refuse("model to be a torch.nn.Module", type(model).__name__)
     if mode not in ("inference", "training"):
         refuse("mode to be 'inference' or 'training'", repr(mode))
-    if not min_gain > 0:
-        refuse("min_gain > 0", min_gain)
+    if not isinstance(min_gain, (int, float)) or not min_gain > 0:
+        refuse("min_gain > 0", repr(min_gain))
     sites = find_sites(model)
     if not sites:
         refuse("a model with dense linear or convolution layers", what_is_there(model))

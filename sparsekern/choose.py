@@ -119,6 +119,8 @@ def _choose_format(job: Job, candidate: Candidate, formats: list[str]) -> None:
         return
     candidate.take = candidate.gain >= job.min_gain
     gained = "faster" if candidate.take else "not faster"
+    if candidate.take and candidate.gain < 1:
+        gained = f"slower, which min_gain={job.min_gain:g} allows"
     gained = f"{gained}: {gain_text(candidate.gain, candidate.way)}"
     candidate.reason = "; ".join([gained, *refused])
 

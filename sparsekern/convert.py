@@ -108,6 +108,8 @@ def convert_to_sparse(
             any exception, Ctrl-C included.
     """
     candidates = find_candidates(model, mode, min_gain)
+    if not isinstance(budget_s, (int, float)) or not budget_s > 0:
+        raise ValueError(f"convert_to_sparse: expected budget_s > 0 seconds, got {budget_s!r}")
     before = list(model.parameters())
     # Parameters made under the caller's inference_mode could not be called with gradients on.
     with torch.inference_mode(False), whole_or_not_at_all(model):
@@ -122,11 +124,21 @@ def convert_to_sparse(
         on_disk = cache and example_inputs is not None
         job.tuning = TuningCache(device_key(device) if on_disk else "", on_disk)
         job.cold_bytes = cold_bytes(model, device)
-        with _random_numbers_kept(job):
+        with _tensors_made_on(device), _random_numbers_kept(job):
             converted = _convert_or_not_fused(job, candidates, fuse, progress)
         if mode == "training":
             warn_old_optimizers(before, converted)
     return converted
+
+
+@contextmanager
+def _tensors_made_on(device: torch.device):
+    """New tensors lie with the model, where the caller's default device is another (meta, say)."""
+    if torch.get_default_device().type in ("cpu", device.type):
+        yield
+        return
+    with device:
+        yield
 
 
 @contextmanager

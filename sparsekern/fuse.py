@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .chain import Links, Slot, is_hooked, slots, trace
+from .chain import Links, Slot, is_hooked, shallow_copy, slots, trace
 from .fold import find_folds, stand_in, strange_norms, training_part, with_parameters
 from .measure.structure import forward_call, output_error, tensors_of
 from .ops._library import activate
 from .snapshot import undisturbed
+from .traced_state import Watch
 
 FUSABLE = ("relu", "relu6", "gelu", "gelu_tanh")
 TRAINABLE = ("relu", "relu6")  # the gradients of GELU would compute the layer once more
@@ -174,9 +175,13 @@ def kind_of_activation(module: nn.Module, dtype: torch.dtype) -> str | None:
     size = torch.logspace(-6, 30, 109, dtype=torch.float64)
     x = torch.cat([torch.linspace(-12, 12, 4801, dtype=torch.float64), size, -size])
     try:
+        watch, twin = Watch(), shallow_copy(module)
+        watch.around([type(module)])
+        watch.over(twin, module)
         with torch.no_grad():
-            y = module(x.clone())
-    except Exception:  # it takes something else than one tensor of any shape and dtype
+            y = twin(x.clone())
+        watch.finish()
+    except Exception:  # it takes another thing than one tensor, or does more than compute
         return None
     if not isinstance(y, Tensor) or y.shape != x.shape or y.dtype != x.dtype:
         return None

@@ -17,8 +17,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .chain import shallow_copy
+from .traced_state import State, Unsteady, Watch, autocast
 
 _LEAVES = ("torch.nn.", "torch.ao.nn.", f"{__package__}.")
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,13 @@ class Trace:
         graph: The graph; modules by their names in the block.
         size: `(channels, height, width)` of the input it holds for, None where it holds for all.
         inner: Names of the modules whose own forwards are in the graph, without the block itself.
+        state: The settings that the forwards read.
     """
 
     graph: fx.Graph
     size: tuple[int, ...] | None
     inner: tuple[str, ...]
+    state: State
 
 
 def trace(block: nn.Module, example: Tensor | None) -> Trace | None:
@@ -42,16 +46,18 @@ def trace(block: nn.Module, example: Tensor | None) -> Trace | None:
     A forward that computes with sizes (padding as TensorFlow does it) is traced with those of the
     example, `(1, channels, height, width)`, and holds for them alone; every other one holds for all
     sizes. No graph where a forward asks for values, reads tensors that are neither parameters nor
-    buffers, computes from nothing (random numbers, a gradient mode), or where something depends on
-    how many images there are.
+    buffers, computes from nothing (random numbers, a gradient mode), does or reads more than steps
+    can (`traced_state.py`), or where something depends on how many images there are.
     """
     for given in (None,) if example is None else (None, example):
         try:
             tracer = _Tracer(block, given)
             graph = tracer.record()
+            state = tracer.watch.finish()
         except Exception:  # a forward that asks for values, sizes or packages that are not known
             continue
-        return Trace(graph, None if given is None else tuple(given.shape[1:]), tuple(tracer.inner))
+        size = None if given is None else tuple(given.shape[1:])
+        return Trace(graph, size, tuple(tracer.inner), state)
     return None
 
 
@@ -66,6 +72,7 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
         self.block, self.example = block, example
         self.modules = dict(block.named_modules())
         self.inner: list[str] = []
+        self.watch = Watch()
         self.computing = False
         self._copies: dict[int, nn.Module] = {}
         self._values: dict[fx.Node, object] = {}
@@ -75,6 +82,7 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
         name = list(inspect.signature(type(self.block).forward).parameters)[1]
         x = self.create_proxy("placeholder", name, (), {})
         copy = self._copy_of(self.block, "")
+        self.watch.around([type(self.modules[name]) for name in ("", *self.inner)])
         with _FromProxiesOnly(self):
             result = type(self.block).forward(copy, x)
         self.create_node("output", "output", (self.create_arg(result),), {})
@@ -88,9 +96,10 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
         if id(module) in self._copies:
             return self._copies[id(module)]
         copy = self._copies[id(module)] = shallow_copy(module)
-        if type(module).__module__.startswith(_LEAVES) and not isinstance(module, nn.Sequential):
+        if type(module).__module__.startswith(_LEAVES) and not isinstance(module, _CONTAINERS):
             copy.__dict__["forward"] = partial(self._called, name)
             copy.__dict__["_compiled_call_impl"] = None
+            self.watch.over(copy, module)
             return copy
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError("a compiled module is left alone")
@@ -104,10 +113,16 @@ class _Tracer(fx.proxy.GraphAppendingTracer):
             if "." in key:  # names join to a path
                 raise ValueError(f"a name with a dot, {key!r}")
             copy._modules[key] = None if child is None else self._copy_of(child, prefix + key)
+        self.watch.over(copy, module)
         return copy
 
     def _called(self, name: str, *args, **kwargs) -> fx.Proxy:
         return self.create_proxy("call_module", name, args, kwargs)
+
+    def create_node(self, *args, **kwargs) -> fx.Node:
+        if autocast() != self.watch.autocast:
+            raise Unsteady("it switches autocast")
+        return super().create_node(*args, **kwargs)
 
     def create_arg(self, a):
         if isinstance(a, Tensor):

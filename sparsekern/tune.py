@@ -18,6 +18,7 @@ from .measure.graphs import capture
 from .measure.hardware import hardware
 from .measure.timer import interleaved
 from .ops.own_cuda import build_fault
+from .traced_state import autocast
 
 MIN_GAIN = 1.05  # sparse must win by 5 % to be taken
 # The ways people call a model for inference. They differ by what the host does around a kernel.
@@ -92,17 +93,17 @@ def time_layer(
     """Milliseconds of one call, (dense, sparse), interleaved.
 
     `way` is one of the `WAYS`, or `training` for the forward pass and both gradients. With
-    gradients on, the input needs them, too, as behind another layer. On a GPU by its own clock, so
-    that waiting for it is not counted. For inference copies of each layer take turns until their
-    weights reach `cold_bytes`, to be read from memory every time. With `cuda_graphs` they are
-    replayed from one, and launches cost nothing.
+    gradients on, the input needs them, too, as behind another layer that trains. On a GPU by its
+    own clock, so that waiting for it is not counted. For inference copies of each layer take
+    turns until their weights reach `cold_bytes`, to be read from memory every time. With
+    `cuda_graphs` they are replayed from one, and launches cost nothing.
     """
     device = next(dense.parameters()).device
     x = spec.make(device)
     if way == "training":
         calls = [training_call(layer, x) for layer in (dense, sparse)]
     else:
-        if way == "gradients" and next(dense.parameters()).requires_grad:
+        if way == "gradients":
             x.requires_grad_()
         copies = [_copies(layer, cold_bytes) for layer in (dense, sparse)]
         calls = [inference_call(layers, x) for layers in copies]
@@ -200,5 +201,6 @@ def layer_key(layer: nn.Module, spec: InputSpec, how: str) -> str:
             weight.format,
             str(weight.values.dtype), geometry, layer.bias is not None, layer.activation,
             spec.shape, str(spec.dtype), spec.channels_last, how,
+            [p.requires_grad for p in (weight.values, layer.bias) if p is not None], autocast(),
         )
     )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dis
 import inspect
+from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
 
 from torch import nn
@@ -47,19 +48,29 @@ def _read_by(module: nn.Module) -> set[str]:
     kind = type(module)
     todo = [base.__dict__.get("forward") for base in kind.__mro__]
     todo += [value for value in vars(module).values() if isinstance(value, FunctionType)]
-    seen: set[CodeType] = set()
     names: set[str] = set()
+    for function in functions_of(kind, todo):
+        for code in code_with_nested(function.__code__):
+            names |= _weights_in(code)
+    return names
+
+
+def functions_of(kind: type, todo: list) -> Iterator[FunctionType]:
+    """All functions that some may call, themselves included, without those of torch.
+
+    Args:
+        kind: The class whose methods they may call.
+        todo: Functions, methods and properties to begin with; changed.
+    """
+    seen: set[CodeType] = set()
     while todo:
         for function in _functions(todo.pop()):
             if function.__code__ in seen or _is_of(function.__module__ or "", "torch"):
                 continue
             seen.add(function.__code__)
-            used = set()
-            for code in _with_nested(function.__code__):
-                names |= _weights_in(code)
-                used |= set(code.co_names)
-            todo += _reachable(function, used, kind)
-    return names
+            yield function
+            codes = code_with_nested(function.__code__)
+            todo += _reachable(function, {name for c in codes for name in c.co_names}, kind)
 
 
 def _functions(thing) -> list[FunctionType]:
@@ -75,9 +86,10 @@ def _functions(thing) -> list[FunctionType]:
     return found
 
 
-def _with_nested(code: CodeType) -> list[CodeType]:
+def code_with_nested(code: CodeType) -> list[CodeType]:
+    """The code of a function, and of what is defined inside of it."""
     nested = [const for const in code.co_consts if isinstance(const, CodeType)]
-    return [code, *(inner for const in nested for inner in _with_nested(const))]
+    return [code, *(inner for const in nested for inner in code_with_nested(const))]
 
 
 def _weights_in(code: CodeType) -> set[str]:

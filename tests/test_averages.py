@@ -251,3 +251,21 @@ def test_a_copy_of_a_model_under_a_pruner_is_free():
     other = Pruner(twin, sgd(twin), "keep")
     masks = zip(other.masks.values(), pruner.masks.values())
     assert all(torch.equal(a, b) for a, b in masks)
+
+
+def test_masks_for_compiled_averages_and_for_the_model_itself():
+    model = mlp()
+    optimizer = sgd(model)
+    pruner = Pruner(model, optimizer, sparsity=0.5)
+    averages = [
+        AveragedModel(torch.compile(model, backend="eager")),
+        torch.compile(AveragedModel(model), backend="eager"),
+    ]
+    train(model, optimizer, pruner, 2)
+    for average in averages:
+        nn.init.ones_(weights(average)[0])
+        pruner.apply_masks(average)
+        assert torch.equal(weights(average)[0] != 0, pruner.masks["0"])
+    pruner.apply_masks(model)
+    train(model, optimizer, pruner, 2)
+    assert pruner.finalize().sparsity == 0.5

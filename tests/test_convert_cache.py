@@ -10,7 +10,7 @@ import torch
 from convert_common import forced, wide
 
 import sparsekern as sk
-from sparsekern import choose, convert, tuning_cache
+from sparsekern import choose, convert, tune, tuning_cache
 
 
 def test_cache_is_used_and_merged(monkeypatch):
@@ -205,3 +205,30 @@ def test_a_folder_that_cannot_be_written(monkeypatch):
     cache.put("layer", 1.0, 2.0)
     with pytest.warns(UserWarning, match="not kept, cannot write .*Permission denied"):
         cache.save()
+
+
+def test_timings_of_frozen_layers_and_under_autocast_are_kept_apart():
+    layer = sk.SparseLinear.from_dense(wide()[0])
+    keys = [tune.layer_key(layer, tune.InputSpec((4, 64), torch.float32), "no_grad")]
+    with torch.autocast("cpu", torch.bfloat16):
+        keys.append(tune.layer_key(layer, tune.InputSpec((4, 64), torch.float32), "no_grad"))
+    layer.weight.values.requires_grad_(False)
+    keys.append(tune.layer_key(layer, tune.InputSpec((4, 64), torch.float32), "no_grad"))
+    assert len(set(keys)) == 3
+
+
+@pytest.mark.parametrize("name", ["min_gain", "budget_s"])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), "1", None])
+def test_what_is_no_gain_and_no_time_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"convert_to_sparse: expected {name} > 0"):
+        sk.convert_to_sparse(wide(), torch.randn(2, 64), cache=False, **{name: value})
+
+
+def test_a_layer_that_loses_is_not_called_faster(monkeypatch):
+    forced(monkeypatch)
+    monkeypatch.setattr(choose, "time_layer", lambda *a: (1.0, 2.0))
+    model = wide()
+    size = next(model.parameters()).shape[1]
+    converted = sk.convert_to_sparse(model, torch.randn(2, size), cache=False, min_gain=0.1)
+    reasons = [row.reason for row in sk.report(converted).layers if row.format != "dense"]
+    assert reasons and all("slower, which min_gain=0.1 allows: 0.50x" in why for why in reasons)

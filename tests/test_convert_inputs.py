@@ -124,3 +124,14 @@ def test_an_onnx_export_names_to_dense(monkeypatch, layer, shape):
     with pytest.raises(RuntimeError, match=message):
         torch.export.export(model, (x,), strict=False)
     torch.jit.trace(sk.to_dense(copy.deepcopy(model)), x)
+
+
+def test_the_default_device_is_not_the_models(monkeypatch):
+    forced(monkeypatch)
+    model = wide()
+    x = torch.randn(2, model[0].in_features)
+    want = model(x)
+    with torch.device("meta"):
+        converted = sk.convert_to_sparse(model, x, cache=False)
+    assert sk.report(converted).n_sparse == 2
+    torch.testing.assert_close(converted(x), want, rtol=1e-4, atol=1e-5)

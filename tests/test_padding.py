@@ -36,7 +36,8 @@ def same(m, x):
     height, width = x.shape[-2:]
     down = max((-(-height // 2) - 1) * 2 + 3 - height, 0)
     across = max((-(-int(width) // 2) - 1) * 2 + 3 - x.size(3), 0)
-    assert x.dim() == x.ndim == len(x.size())
+    if not x.dim() == x.ndim == len(x.size()):  # what pytest makes of an assert reads its state
+        raise AssertionError
     return F.pad(x, (across // 2, across - across // 2, down // 2, down - down // 2))
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -318,6 +319,30 @@ def test_a_step_that_fails_inside_does_not_stop_the_guard():
     optimizer.fails = False
     train(model, optimizer, pruner, 2)
     assert pruner.steps == 2 and pruner.report().sparsity == 0.5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_by_way_of_the_base_class_is_one_step(method):
+    class Derived(torch.optim.AdamW):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    outcomes = []
+    for kind in (torch.optim.AdamW, Derived):  # both classes call the hooks once they have objects
+        model = mlp()
+        optimizer = kind(model.parameters(), 0.01)
+        pruner = make_pruner(method, model, optimizer)
+        train(model, optimizer, pruner, 20)
+        outcomes.append(weights(model))
+    assert all(torch.equal(a, b) for a, b in zip(*outcomes))
+
+
+def test_no_copy_of_a_pruner_that_would_guard_nothing():
+    model = mlp()
+    pruner = Pruner(model, sgd(model), sparsity=0.5)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="Pruner: expected no copy and no pickle of a Pruner"):
+            copied(pruner)
 
 
 def test_tickets_rewind_all_optimizers():

@@ -239,8 +239,10 @@ def fresh_models():
     stray = mlp()
     with torch.no_grad():
         stray[0].weight[0, :3] = 0
-    low = mlp().half()
-    return {"tied": tied, "zero init": starts_at_zero, "stray": stray, "plain": mlp(), "half": low}
+    low, identity = mlp().half(), mlp()
+    nn.init.eye_(identity[3].weight)
+    start = {"zero init": starts_at_zero, "identity": identity}
+    return {**start, "tied": tied, "stray": stray, "plain": mlp(), "half": low}
 
 
 @pytest.mark.parametrize("name", list(fresh_models()))
@@ -293,9 +295,19 @@ def test_keep_keeps_exactly_the_zeros_that_are_there(kind, recwarn):
     train(model, optimizer, pruner, 10)
     assert all(torch.equal(w != 0, kept) for w, kept in zip(weights(model), before))
     assert all(torch.equal(m, kept) for m, kept in zip(pruner.masks.values(), before))
-    assert not recwarn.list and pruner.steps == 10
+    told = [str(warning.message) for warning in recwarn.list]
+    assert pruner.steps == 10 and len(told) == (kind == "by hand")
+    assert all("keeps all weights of ['5'] at 0" in text for text in told)
     report = pruner.finalize()
     assert report.method == "keep" and report.zeros == sum(int((~k).sum()) for k in before)
+
+
+def test_keep_says_that_layers_at_zero_stay_so():
+    model = mlp()
+    sk.prune(model, sparsity=0.5)
+    nn.init.zeros_(model[3].weight)
+    with pytest.warns(UserWarning, match=r"keeps all weights of \['3'\] at 0.*name them in ignore"):
+        Pruner(model, sgd(model), "keep")
 
 
 def test_keep_resumes():

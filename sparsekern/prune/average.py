@@ -1,6 +1,7 @@
 """Averages of a model's weights (EMA, SWA), which mix all masks so far: giving them one mask."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ def mask_average(model: nn.Module, layers: Sequence[Layer], method: Method) -> N
         raise TypeError(f"Pruner.apply_masks: expected a torch.nn.Module, got {got}")
     inner, found = _counterparts(model, layers)
     for layer, mine in zip(layers, found):
+        if mine.module is layer.module:  # the model itself, whose zeros are there
+            continue
         mask = _mask_of(layer).to(mine.module.weight.device)
         zero_out(mine, mine.oriented(mask))
         method.settle(inner, mine, mine.oriented(mask))
@@ -35,8 +38,12 @@ def _mask_of(layer: Layer) -> Tensor:
 
 
 def _counterparts(model: nn.Module, layers: Sequence[Layer]) -> tuple[nn.Module, list[Layer]]:
-    """The model, or the one that it wraps as `module`, and its layers of the same names."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    """The model, or the one that it wraps as `module`, and its layers of the same names.
+
+    What torch.compile puts around a model or a part of it does not count.
+    """
+    modules = {_plain(name): m for name, m in model.named_modules(remove_duplicate=False)}
+    layers = [replace(layer, name=_plain(layer.name)) for layer in layers]
     lost = [layer.name for layer in layers if not _has_weight(modules.get(layer.name))]
     if lost and isinstance(inner := modules.get("module"), nn.Module):
         return _counterparts(inner, layers)
@@ -50,6 +57,10 @@ def _counterparts(model: nn.Module, layers: Sequence[Layer]) -> tuple[nn.Module,
                 f"{layer.name!r}, got {tuple(got)}"
             )
     return model, [Layer(layer.name, modules[layer.name]) for layer in layers]
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def _has_weight(module: nn.Module | None) -> bool:

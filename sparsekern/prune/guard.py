@@ -1,8 +1,10 @@
 """Keeping dropped weights at zero through the steps of an optimizer, whatever they remember."""
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +43,15 @@ class Guard:
         self.stepped = self._paused = False
         self.optimizers: list[Optimizer] = []
         self._outermost: Optimizer | None = None  # of those in the middle of a step
+        self._frame: FrameType | None = None  # the call of that step, which may have failed since
         self._hooked: set[int] = set()
+
+    def __reduce_ex__(self, protocol):
+        """Refuse to be copied or pickled: the copy of a Pruner would hang on nothing."""
+        raise TypeError(
+            "Pruner: expected no copy and no pickle of a Pruner, which would keep no zeros; copy "
+            "or save the model and the pruner's state_dict(), and make a new Pruner for the copy"
+        )
 
     @property
     def trains_dropped(self) -> bool:
@@ -66,8 +76,8 @@ class Guard:
                 self._hooked.add(id(optimizer._optimizer_step_pre_hooks))
                 self.optimizers.append(optimizer)
                 self.handles += [
-                    optimizer.register_step_pre_hook(self._before_step),
-                    optimizer.register_step_post_hook(self._after_step),
+                    optimizer.register_step_pre_hook(self._enter),
+                    optimizer.register_step_post_hook(self._leave),
                 ]
 
     def _watch_others(self) -> None:
@@ -124,11 +134,19 @@ class Guard:
 
         return hook
 
+    def _enter(self, optimizer, args, kwargs) -> None:
+        step = sys._getframe(1)
+        if not _is_skipped(optimizer) and not self._is_inside(optimizer, step):
+            self._outermost, self._frame = optimizer, step
+            self._before_step(optimizer)
+
+    def _leave(self, optimizer, args, kwargs) -> None:
+        if not _is_skipped(optimizer) and not self._is_inside(optimizer, sys._getframe(1)):
+            self._outermost, self._frame, self.stepped = None, None, True
+            self._after_step(optimizer)
+
     @torch.no_grad()
-    def _before_step(self, optimizer, args, kwargs) -> None:
-        if _is_skipped(optimizer) or self._is_inside(optimizer):
-            return
-        self._outermost = optimizer
+    def _before_step(self, optimizer: Optimizer) -> None:
         scale = _scale_of_gradients(optimizer)
         for slot in held_by(optimizer, self.slots):
             gradients = [p.grad for p in slot.parameters if p.grad is not None]
@@ -144,11 +162,19 @@ class Guard:
                 for gradient in gradients:
                     gradient.add_(pull.to(gradient), alpha=self.method.decay * scale)
 
-    def _is_inside(self, optimizer: Optimizer) -> bool:
-        """Say whether a wrapper in the middle of its step makes this step."""
-        outermost = self._outermost
-        inner = [] if outermost is None else chain(outermost)[1:]
-        return any(optimizer is each for each in inner)
+    def _is_inside(self, optimizer: Optimizer, step: FrameType) -> bool:
+        """Say whether a step is part of one that a wrapper, or a class derived from its own, makes.
+
+        Args:
+            optimizer: Whose step it is.
+            step: The frame that called the hook.
+        """
+        if self._outermost is None or all(optimizer is not o for o in chain(self._outermost)):
+            return False
+        while (step := step.f_back) is not None:
+            if step is self._frame:
+                return True
+        return False
 
     def _observe(self, slot: Slot, gradient: Tensor) -> None:
         slot.put_back()
@@ -156,10 +182,7 @@ class Guard:
         zero_out(slot.layer, slot.mask)
 
     @torch.no_grad()
-    def _after_step(self, optimizer, args, kwargs) -> None:
-        if _is_skipped(optimizer) or self._is_inside(optimizer):
-            return
-        self._outermost, self.stepped = None, True
+    def _after_step(self, optimizer: Optimizer) -> None:
         for slot in held_by(optimizer, self.slots):
             if self.trains_dropped:
                 slot.put_aside()

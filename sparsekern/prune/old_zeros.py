@@ -46,7 +46,8 @@ def alive_in(slot: Slot, method: Method, pruned: bool) -> Tensor | None:
 def _pruned_layers(model: nn.Module, layers: Sequence[Layer]) -> dict[str, tuple[int, int]]:
     """Zeros and weights of the layers that were pruned, by name.
 
-    Not of those that start at 0 everywhere, and without the padding rows of tied embeddings.
+    Not of those that start at 0 everywhere or as an identity, and without the padding rows of tied
+    embeddings.
     """
     padded = [m for m in model.modules() if isinstance(m, nn.Embedding)]
     padded = [m for m in padded if m.padding_idx is not None]
@@ -58,9 +59,15 @@ def _pruned_layers(model: nn.Module, layers: Sequence[Layer]) -> dict[str, tuple
             if embedding.weight.data_ptr() == memory:
                 row = embedding.weight[embedding.padding_idx]
                 fresh -= row.numel() - int(row.count_nonzero())
-        if PRUNED * total < fresh and zeros < total:
+        if PRUNED * total < fresh and zeros < total and not _is_of_one_value(layer):
             pruned[layer.name] = zeros, total
     return pruned
+
+
+def _is_of_one_value(layer: Layer) -> bool:
+    """Say whether all weights that are not 0 are equal, as in an identity to start from."""
+    values = layer.weight[layer.weight != 0]
+    return bool((values == values[0]).all())
 
 
 def warn_of_start(
@@ -138,6 +145,13 @@ def check_keep(
     if present == 1:
         raise ValueError(
             "Pruner: expected weights that are not 0 for method 'keep', got only zeros"
+        )
+    dead = [la.name for la in layers if zeros_in(la) == la.weight.numel()]
+    if any(la.module.weight.requires_grad for la in layers if la.name in dead):
+        warnings.warn(
+            f"Pruner: method 'keep' keeps all weights of {dead} at 0, as they are; if those layers "
+            "have yet to train, name them in ignore",
+            stacklevel=3,
         )
     if not present:
         warnings.warn(
