@@ -193,6 +193,8 @@ Tensor check_sealed(const std::string& op, const char* name, const char* maker, 
   check_cpu(op, name, plan);
   check_dtype(op, name, plan, {ScalarType::Int});
   check_dim(op, name, plan, 1);
+  for (const Tensor& t : indices)
+    if (t.numel() > 0 && !t.const_data_ptr()) fail(op, "indices with data", "emptied storage");
   const Tensor packed = plan.is_contiguous() ? plan : torch::stable::contiguous(plan);
   if (registry().vouches(packed, indices)) return packed;
   const int32_t* data = packed.const_data_ptr<int32_t>();
