@@ -36,13 +36,16 @@ class State:
     """The settings that a traced forward read.
 
     Attributes:
-        attributes: (module, name, value) of each attribute; `Unsteady` where there was none.
+        attributes: (module, name, value) of each attribute, also of the objects that hold
+            settings; `Unsteady` where there was none.
+        objects: (module, name, object) of each object of settings, such as a model's config.
         globals: (name of a Python module, name, value) of each global variable.
         autocast: Whether autocast was on, where that may have been asked; None elsewhere.
     """
 
     def __init__(self):
-        self.attributes: list[tuple[nn.Module, str, object]] = []
+        self.attributes: list[tuple[object, str, object]] = []
+        self.objects: list[tuple[object, str, object]] = []
         self.globals: list[tuple[str, str, object]] = []
         self.autocast: tuple[bool, ...] | None = None
 
@@ -50,13 +53,19 @@ class State:
         """Whether all of them are as they were."""
         if self.autocast is not None and self.autocast != autocast():
             return False
-        return all(
-            _is_same(getattr(module, name, Unsteady), value)
-            for module, name, value in self.attributes
-        ) and all(
-            _is_same(getattr(sys.modules[where], name, Unsteady), value)
-            for where, name, value in self.globals
-        )
+        # Plain loops: this runs at every call of a block.
+        for holder, name, value in self.objects:
+            if getattr(holder, name, None) is not value:
+                return False
+        for holder, name, value in self.attributes:
+            now = getattr(holder, name, Unsteady)
+            if now is not value and not _is_same(now, value):
+                return False
+        for where, name, value in self.globals:
+            now = getattr(sys.modules[where], name, Unsteady)
+            if now is not value and not _is_same(now, value):
+                return False
+        return True
 
 
 def autocast() -> tuple[bool, ...]:
@@ -103,18 +112,41 @@ class Watch:
             self._check(type(module), [value.__func__])
             self.state.attributes.append((module, name, value))
             return value.__func__.__get__(twin)
-        if (id(module), name) in self._handed:
-            return self._handed[id(module), name][0]
         if type(value) is FunctionType:
             self._check(type(module), [value])
         elif not _is_steady(value):
-            raise Unsteady(f"it reads {name!r}, a {type(value).__name__}")
+            return self._settings(module, name, value)
+        return self._copy_of(module, name, value)
+
+    def _copy_of(self, holder, name: str, value):
+        """A steady value of which a forward gets a copy, compared at later calls."""
+        if (id(holder), name) in self._handed:
+            return self._handed[id(holder), name][0]
         given, kept = value, value  # a partial is equal to itself alone
         if not callable(value):
             given, kept = copy.deepcopy(value), copy.deepcopy(value)
-        self._handed[id(module), name] = given, kept
-        self.state.attributes.append((module, name, kept))
+        self._handed[id(holder), name] = given, kept
+        self.state.attributes.append((holder, name, kept))
         return given
+
+    def _settings(self, holder, name: str, value) -> Settings:
+        """An object of settings; refuses what is called, multiplied, or made of parts."""
+        plain = hasattr(value, "__dict__") and not callable(value)
+        if not plain or isinstance(value, (torch.Tensor, torch.Generator, ModuleType)):
+            raise Unsteady(f"it reads {name!r}, a {type(value).__name__}")
+        self.state.objects.append((holder, name, value))
+        return Settings(self, value)
+
+    def setting(self, target, name: str):
+        """What a forward gets for an attribute of an object of settings."""
+        try:
+            value = getattr(target, name)
+        except AttributeError:
+            self.state.attributes.append((target, name, Unsteady))
+            raise
+        if _is_steady(value):
+            return self._copy_of(target, name, value)
+        return self._settings(target, name, value)
 
     def finish(self) -> State:
         """The settings; refuses a forward that changed one."""
@@ -136,6 +168,27 @@ class Watch:
                 self.state.autocast = self.autocast
             found = [(*where, value) for where, value in _globals_of(function).items()]
             self.state.globals += [one for one in found if one not in self.state.globals]
+
+
+class Settings:
+    """Stands for an object in a forward that is watched: its settings can be read, no more."""
+
+    __slots__ = ("_target", "_watch")
+
+    def __init__(self, watch: Watch, target):
+        object.__setattr__(self, "_watch", watch)
+        object.__setattr__(self, "_target", target)
+
+    def __getattribute__(self, name: str):
+        target = object.__getattribute__(self, "_target")
+        if name == "__class__":
+            return type(target)
+        return object.__getattribute__(self, "_watch").setting(target, name)
+
+    def __setattr__(self, name: str, value=None):
+        raise Unsteady(f"it changes {name!r} of an object")
+
+    __delattr__ = __setattr__
 
 
 def _is_of_torch(kind: type, name: str) -> bool:

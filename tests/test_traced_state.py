@@ -190,6 +190,64 @@ def test_settings_that_change_later_count(how, what, monkeypatch):
             torch.testing.assert_close(one(X), plain(X), rtol=1e-4, atol=1e-5)
 
 
+class Config:
+    def __init__(self):
+        self.scale, self.inner = 1.0, Meter()
+
+
+def reads_a_config(m, y):
+    return y * m.config.scale + m.config.inner.calls + getattr(m.config, "shift", 0.0)
+
+
+def change_config(model, what):
+    config = model[0].config
+    if what == "scale":
+        config.scale += 1
+    elif what == "inner":
+        config.inner.calls += 1
+    elif what == "shift":
+        config.shift = 2.0
+    else:
+        model[0].config = Config()
+        model[0].config.scale = 3.0
+
+
+def with_config(how):
+    model = nn.Sequential(Block(how), nn.Identity())
+    model[0].config = Config()
+    return prepared(model, 0.5)
+
+
+@pytest.mark.parametrize("what", ["scale", "inner", "shift", "config"])
+def test_objects_of_settings_are_read_and_their_changes_count(what):
+    model = with_config(reads_a_config)
+    plain = copy.deepcopy(model)
+    assert fused(model, X).residuals == ["0"]
+    twin = copy.deepcopy(model)
+    for _ in range(2):
+        for one in (model, twin):
+            torch.testing.assert_close(one(X), plain(X), rtol=1e-4, atol=1e-5)
+        for one in (model, plain, twin):
+            change_config(one, what)
+
+
+def writes_a_config(m, y):
+    m.config.scale = 2.0
+    return y
+
+
+def calls_a_config(m, y):
+    m.config.inner.note(y)
+    return y
+
+
+@pytest.mark.parametrize("how", [writes_a_config, calls_a_config])
+def test_objects_that_a_forward_changes_are_left_alone(how):
+    model = with_config(how)
+    assert fused(model, X).residuals == []
+    assert model[0].config.scale == 1.0 or how is writes_a_config
+
+
 def test_autocast_that_is_asked_for():
     model = prepared(nn.Sequential(Block(asks_for_autocast), nn.Identity()), 0.5)
     assert fused(model, X).residuals == ["0"]
