@@ -227,7 +227,7 @@ def save_and_check(demo: Demo, result: Result, model: nn.Module, folder: Path) -
     return (
         f"saved {result.pattern} at {percent(result.sparsity)} to {sparse}: "
         f"{si(sizes[1], 'B')}, dense {si(sizes[0], 'B')} ({times(sizes[0] / sizes[1])} smaller); "
-        f"loaded back into a dense model: {again}"
+        f"loaded back into a fresh model: {again}"
     )
 
 
