@@ -69,7 +69,7 @@ def convert_to_sparse(
     that nothing else reads it (see `fold_batchnorm`); the outputs of the whole model are compared.
     Max pools run by way of channels_last where that is faster. The modules become an nn.Identity;
     `to_dense` brings activations back, a folded model stays folded. Blocks whose forward can be
-    traced (torch.fx) get one in which convolutions add the residual, compute the activation behind
+    traced get one in which convolutions add the residual, compute the activation behind
     the sum, and put the zeros of `F.pad` around their input. Depthwise convolutions are timed
     whatever their zeros. A batch of images runs in parts where that is measured to be faster and
     gives the same (without gradients, eagerly).

@@ -4,8 +4,8 @@
 // kernel sees a plan before both were found right.
 //
 // That reads every word, so it is done once: a plan that lives where it was made is remembered with
-// the tensors it was made of (which it keeps alive, so that no other tensor can take their place in
-// memory) and with the version that torch counts for each. As long as none of these changed, a call
+// the memory it was made of (which it keeps alive, so that no other tensor can take its place) and
+// with the version that torch counts for each tensor. As long as none of these changed, a call
 // compares pointers and counters. Copies of a plan are read at every call. Writes that torch does
 // not count (`tensor.data`, numpy) are not seen.
 #pragma once

@@ -215,7 +215,7 @@ def _texts(settings: dict) -> dict:
 
 
 def save_and_check(demo: Demo, result: Result, model: nn.Module, folder: Path) -> str:
-    """Save the model sparse, and dense for comparison; load it back into a dense model."""
+    """Save the model sparse, and dense for comparison; load it back into a fresh model."""
     sparse, dense = folder / "minilm-sparse.safetensors", folder / "minilm-dense.safetensors"
     sk.save(model, sparse)
     sk.save(demo.dense, dense)
